@@ -1,0 +1,86 @@
+"""Weights and interrupted trainings on disk: safetensors with JSON beside or inside them, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gridreg.errors import InputError
+from gridreg.methods import build
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path | str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+    """Write named tensors and a JSON-able note into one safetensors file, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, temporary, metadata={"note": json.dumps(note)})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the note of a file of ``write_tensors``. InputError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["note"])
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected weights in safetensors") from error
+
+
+def save_model(folder: Path | str, network: nn.Module, config: dict[str, Any]) -> None:
+    """Write ``model.safetensors`` and ``model.json`` (how to build the network, how it was trained)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", network.state_dict(), {"run": config["run"]})
+    write_text(folder / "model.json", json.dumps(config, indent=2) + "\n")
+
+
+def load_model(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a folder of ``save_model``, in evaluation mode, and its configuration.
+
+    InputError where a file is missing or unreadable, or the weights are not those of the configuration.
+    """
+    file = Path(folder) / "model.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        network = build(config["run"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: cannot be used ({error}); expected the configuration of a trained model") from error
+    weights_file = Path(folder) / "model.safetensors"
+    weights, _ = read_tensors(weights_file)
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != wanted:
+        odd = next(name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
+        raise InputError(
+            f"{weights_file}: {odd} has shape {found.get(odd)}; expected {wanted.get(odd)}, as model.json describes it"
+        )
+    network.load_state_dict(weights)
+    return network.eval(), config
+
+
+def fingerprint(*values: Any, files: list[Path] = ()) -> str:
+    """A hash of JSON-able values and the contents of files: the key of a scratch folder."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    digest.update(torch.__version__.encode())
+    for path in files:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]

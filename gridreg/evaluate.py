@@ -1,0 +1,150 @@
+"""One evaluation for every method: per-case results of the held-out test pairs (method 10)."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from gridreg import metrics
+from gridreg.dataset import Preprocessed
+from gridreg.grid import Shape, warp
+from gridreg.methods import grid_name
+from gridreg.network import Registration
+from gridreg.train import describe_device, to_tensor
+from gridreg.volumes import write_displacement, write_volume
+
+
+def device() -> torch.device:
+    """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one."""
+    return torch.device(os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@torch.inference_mode()
+def register(
+    network: nn.Module, fixed: np.ndarray, moving: np.ndarray, grid: Shape | None, where: torch.device
+) -> tuple[Registration, np.ndarray, float, float]:
+    """Register one pair of (W, H, D) images in [0, 1].
+
+    Returns the registration, the warped moving image (W, H, D), the seconds for network and warp with the images on
+    the device, and the peak memory in MB beyond nothing (NaN without a GPU).
+    """
+    images = [to_tensor([image], where) for image in (fixed, moving)]
+    on_gpu = where.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(where)
+        torch.cuda.reset_peak_memory_stats(where)
+    began = time.perf_counter()
+    registration = network(*images, grid)
+    warped = warp(images[1], registration.displacement)
+    if on_gpu:
+        torch.cuda.synchronize(where)
+    seconds = time.perf_counter() - began
+    peak_mb = torch.cuda.max_memory_allocated(where) / 2**20 if on_gpu else float("nan")
+    return registration, warped[0, 0].cpu().numpy(), seconds, peak_mb
+
+
+def case_metrics(data: Preprocessed, fixed: str, moving: str, displacement: np.ndarray, truth) -> dict[str, float]:
+    """Every metric of one case. displacement (3, W, H, D) in voxels; truth as ``Preprocessed.truth`` gives it.
+
+    The region of interest is the fixed mask: all labels together, or the whole image without labels.
+    """
+    fixed_labels, moving_labels = data.labels(fixed), data.labels(moving)
+    region = fixed_labels > 0 if fixed_labels is not None else np.ones(data.shape, bool)
+    row = dict.fromkeys(("dice", "landmark_mm", "mask_mm", "tre_mm"), float("nan"))
+    if fixed_labels is not None and moving_labels is not None:
+        warped = warp_labels(moving_labels, displacement)
+        row["dice"] = metrics.dice(fixed_labels, warped)
+        row["mask_mm"] = metrics.centroid_distance_mm(fixed_labels, warped, data.spacing)
+    points, partners = data.landmarks(fixed) or {}, data.landmarks(moving) or {}
+    common = [name for name in points if name in partners]
+    if common:
+        positions = [np.array([side[name] for name in common]) for side in (points, partners)]
+        row["landmark_mm"] = metrics.landmark_distance_mm(*positions, displacement, data.spacing)
+    if truth is not None:
+        row["tre_mm"] = metrics.tre_mm(displacement, truth[0], region & truth[1], data.spacing)
+    determinant = metrics.jacobian_determinant(displacement)
+    row["logdet_mean"], row["logdet_std"] = metrics.log_jacobian(determinant, region)
+    row["folding_percent"] = metrics.folding_percent(determinant, np.ones_like(region))
+    row["nondiffeomorphic_percent"] = metrics.nondiffeomorphic_percent(displacement, np.ones_like(region))
+    return row
+
+
+def warp_labels(labels: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """Label map (W, H, D) of the moving image on the fixed grid, nearest neighbour."""
+    field = torch.from_numpy(np.ascontiguousarray(displacement))[None]
+    return warp(torch.from_numpy(labels)[None, None].float(), field, "nearest")[0, 0].numpy().astype(np.int16)
+
+
+def evaluate(
+    data: Preprocessed,
+    network: nn.Module,
+    *,
+    dataset: str,
+    run: str,
+    method: str,
+    grids: list[Shape | None],
+    chosen: Shape | None,
+    pictures: Path | str | None = None,
+    pictured_cases: int = 4,
+) -> pd.DataFrame:
+    """Per-case results of ``network`` on the test pairs, at each of ``grids``; one row a pair and grid.
+
+    chosen    the grid size chosen on validation; the rows of the others are for Figure 8 alone
+    pictures  a folder for the warped image, the warped labels and the ITK displacement field of the first cases
+    """
+    where = device()
+    network = network.to(where).eval()
+    pairs, rows = data.pairs("test"), []
+    first = [data.image(subject) for subject in pairs[0]]
+    for grid in grids:
+        register(network, *first, grid, where)  # warm-up: the first call allocates and fills caches
+    for number, (fixed, moving) in enumerate(tqdm(pairs, desc=f"{dataset} {run}", unit="pair", mininterval=2)):
+        truth = data.truth(fixed, moving)
+        for grid in grids:
+            registration, warped, seconds, peak_mb = register(
+                network, data.image(fixed), data.image(moving), grid, where
+            )
+            displacement = registration.displacement[0].cpu().numpy()
+            row: dict[str, Any] = {"dataset": dataset, "run": run, "method": method, "grid": grid_name(grid)}
+            row |= {"chosen": grid == chosen, "fixed": fixed, "moving": moving}
+            row |= case_metrics(data, fixed, moving, displacement, truth)
+            rows.append(row | {"seconds": seconds, "peak_mb": peak_mb})
+            if pictures is not None and grid == chosen and number < pictured_cases:
+                save_pictures(data, Path(pictures), fixed, moving, warped, displacement)
+    return pd.DataFrame(rows)
+
+
+def save_pictures(
+    data: Preprocessed, folder: Path, fixed: str, moving: str, warped: np.ndarray, displacement: np.ndarray
+) -> None:
+    """Write ``<fixed>__<moving>.nii.gz``, its labels and its displacement field (ITK: vector intent, LPS, mm)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, affine = f"{fixed}__{moving}", data.affine
+    write_volume(folder / f"{stem}.nii.gz", warped.astype(np.float32), affine)
+    write_displacement(folder / f"{stem}_displacement.nii.gz", displacement, affine)
+    if data.labels(moving) is not None:
+        write_volume(folder / f"{stem}_labels.nii.gz", warp_labels(data.labels(moving), displacement), affine)
+
+
+def summary(cases: pd.DataFrame, training: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """Means over the cases at the chosen grid, for ``dvc metrics``; NaN is left out."""
+    chosen = cases[cases["chosen"]]
+    means = chosen.select_dtypes("number").mean().dropna()
+    result = {name: round(float(value), 6) for name, value in means.items()}
+    return result | {
+        "grid": str(chosen["grid"].iloc[0]),
+        "cases": len(chosen),
+        "parameters": parameters,
+        "device": describe_device(device()),
+        "precision": os.environ.get("GRIDREG_PRECISION", "32-true"),
+        "steps": training.get("steps"),
+        "batch": training.get("batch"),
+    }

@@ -1,0 +1,86 @@
+"""Every registration method under one name and one call: ``build(run, shape)(fixed, moving, grid_size)``.
+
+Methods that have no control points accept ``grid_size`` and do not use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gridreg.errors import InputError
+from gridreg.grid import Shape
+from gridreg.network import GridReg, Registration
+
+
+class Identity(nn.Module):
+    """No registration: the state before it, "original" in Table 1."""
+
+    def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
+        return Registration(torch.zeros_like(fixed).repeat(1, 3, 1, 1, 1))
+
+
+class VoxelMorph(nn.Module):
+    """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
+
+    width  features at each of its five levels; 16 is the package's own. It predicts the displacement itself
+           (no integration of a velocity), the dense field the paper compares with: it reports folds for it.
+
+    Images are zero-padded to the multiple of 32 that its five levels need, and the field is cropped back.
+    """
+
+    LEVELS = 5
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        from voxelmorph.nn.models import VxmPairwise  # here, not above: importing it takes seconds
+
+        self.network = VxmPairwise(
+            ndim=3, source_channels=1, target_channels=1, nb_features=[width] * self.LEVELS, integration_steps=0
+        )
+
+    def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
+        shape, multiple = fixed.shape[2:], 2**self.LEVELS
+        padding = [side for n in reversed(shape) for side in (0, -n % multiple)]
+        flow = self.network(F.pad(moving, padding), F.pad(fixed, padding))
+        return Registration(flow[:, :, : shape[0], : shape[1], : shape[2]].contiguous())
+
+
+def _voxelmorph(run: dict[str, Any]) -> nn.Module:
+    return VoxelMorph(run["width"])
+
+
+def _gridreg(run: dict[str, Any]) -> nn.Module:
+    return GridReg(run["base_channels"], run["num_layers"], run["bayesian"], run["upsampling"], run["projector"])
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "identity": lambda run: Identity(),
+    "voxelmorph": _voxelmorph,
+    "gridreg": _gridreg,
+}
+
+
+def build(run: dict[str, Any]) -> nn.Module:
+    """The network of one run of ``params.yaml``. InputError on an unknown method."""
+    if run["method"] not in BUILDERS:
+        raise InputError(f"method is {run['method']!r}; expected one of {', '.join(BUILDERS)}")
+    return BUILDERS[run["method"]](run)
+
+
+def grid_sizes(run: dict[str, Any]) -> list[Shape | None]:
+    """The grid sizes a run is trained for; [None] for a method without control points."""
+    return [tuple(grid) for grid in run["grids"]] if "grids" in run else [None]
+
+
+def grid_name(grid_size: Shape | None) -> str:
+    """"10x10x10", or "" without a grid."""
+    return "" if grid_size is None else "x".join(map(str, grid_size))
+
+
+def parameter_count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)

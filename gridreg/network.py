@@ -1,0 +1,220 @@
+"""The GridReg network: a displacement at control points only, by cross-attention from grid to image features.
+
+Encoder (method 1) → skip-projections (2) → decoder (3) → heads (5). Every weight is independent of the grid size:
+the grid enters through its coordinates alone, so one model serves every grid (4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gridreg.grid import Shape, check_grid_size, check_volume
+from gridreg.upsample import METHODS, upsample
+
+WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # encoder widths in base channels; they give the paper's parameter count
+STRIDED_LAYERS = 4  # later layers keep the resolution
+CHANNELS = 32  # C_p = C_pe = C_d: tokens, positional encodings and decoder features
+HEADS, HEAD_CHANNELS = 2, 32
+LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
+WINDOW = 2.0  # edge of a local window, in control-point spacings
+MAX_WINDOW_TOKENS = 3  # along one edge of it
+
+
+@dataclass
+class Registration:
+    """What a registration network returns.
+
+    displacement    (B, 3, W, H, D), voxels of the fixed grid
+    control_points  (B, 3, gw, gh, gd) mean displacement in voxels; None for methods without a grid
+    sigma           (B, 3, gw, gh, gd) standard deviation in voxels; None without the Bayesian head
+    """
+
+    displacement: Tensor
+    control_points: Tensor | None = None
+    sigma: Tensor | None = None
+
+
+class EncoderLayer(nn.Module):
+    """Conv3d 3×3×3 → InstanceNorm → ReLU. The bias stands after the norm, which would cancel it before."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv3d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.instance_norm(self.conv(x), use_input_stats=True)
+        return F.relu(x + self.bias.view(-1, 1, 1, 1))
+
+
+def encoding(coordinates: Tensor) -> Tensor:
+    """Sinusoidal positional encoding ψ of normalised coordinates (..., 3) in [-1, 1]: (..., CHANNELS)."""
+    octaves = CHANNELS // 6
+    frequencies = torch.pi * 2.0 ** torch.arange(-1, octaves - 1, device=coordinates.device)
+    phases = (coordinates[..., None] * frequencies).flatten(-2)
+    waves = torch.cat([phases.sin(), phases.cos()], dim=-1)
+    return F.pad(waves, (0, CHANNELS - waves.shape[-1]), value=1.0)
+
+
+@lru_cache(maxsize=64)
+def grid_encoding(grid_size: Shape, device: torch.device) -> Tensor:
+    """(G, CHANNELS) encodings of the control points; cached per grid size (paper, section 3.1)."""
+    axes = [torch.linspace(-1, 1, g, device=device) for g in grid_size]
+    return encoding(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2))
+
+
+def window_tokens(n: int, g: int) -> int:
+    """Tokens along one edge of a window over n feature voxels: no finer than the features, at least two."""
+    return min(max(round(WINDOW * (n - 1) / (g - 1)), 2), MAX_WINDOW_TOKENS)
+
+
+@lru_cache(maxsize=256)
+def window_positions(g: int, m: int) -> Tensor:
+    """(g·m,) positions in [0, 1] of the m tokens in each control point's window along one axis, float64."""
+    offsets = ((torch.arange(m, dtype=torch.float64) + 0.5) / m - 0.5) * WINDOW
+    return ((torch.arange(g, dtype=torch.float64)[:, None] + offsets) / (g - 1)).clamp(0, 1).flatten()
+
+
+@lru_cache(maxsize=256)
+def window_basis(n: int, g: int, m: int, device: torch.device) -> Tensor:
+    """(g·m, n) weights that read n equidistant, corners-included values at the window positions of g control points.
+
+    Linear interpolation, its hat widened to the distance between tokens where that is the larger, so that no
+    feature voxel between two tokens goes unseen.
+    """
+    distance = (window_positions(g, m)[:, None] * (n - 1) - torch.arange(n, dtype=torch.float64)).abs()
+    weights = (1 - distance / max(1.0, (n - 1) / (g - 1) * WINDOW / m)).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).to(device, torch.float32)
+
+
+def to_windows(tokens: Tensor, grid_size: Shape) -> Tensor:
+    """The tokens (B, C, w, h, d) near each control point, resampled to its window: (B, G, mw·mh·md, C)."""
+    window = tuple(window_tokens(n, g) for n, g in zip(tokens.shape[2:], grid_size))
+    x, y, z = (window_basis(n, g, m, tokens.device) for n, g, m in zip(tokens.shape[2:], grid_size, window))
+    (gw, gh, gd), (mw, mh, md) = grid_size, window
+    tokens = tokens.permute(0, 2, 3, 4, 1)  # channels last, so that every copy below moves whole tokens
+    batch, _, h, d, channels = tokens.shape
+    tokens = (x @ tokens.flatten(2)).view(batch, gw, mw, h, d * channels)
+    tokens = (y @ tokens).view(batch, gw, mw, gh, mh, d, channels).transpose(2, 3)
+    tokens = (z @ tokens).view(batch, gw, gh, mw * mh, gd, md, channels).transpose(3, 4)
+    return tokens.reshape(batch, gw * gh * gd, mw * mh * md, channels)
+
+
+class CrossAttention(nn.Module):
+    """Control points attend to tokens (paper, equation 3.1), all of them or those of their own window.
+
+    Q Kᵀ is computed as (Q W_K) Ŷᵀ and A V as (A Ŷ) W_V: the same numbers, but no token is ever projected, and tokens
+    are what there is most of.
+    """
+
+    def __init__(self, channels_in: int):
+        super().__init__()
+        inner = HEADS * HEAD_CHANNELS
+        self.query = nn.Linear(CHANNELS, inner, bias=False)
+        self.key = nn.Linear(channels_in, inner, bias=False)
+        self.value = nn.Linear(channels_in, inner, bias=False)
+        self.out = nn.Linear(inner, CHANNELS)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """queries (G, CHANNELS); tokens (B, 1, N, C) for all, or (B, G, n, C) local. Returns (B, G, CHANNELS)."""
+        per_head = (HEADS, HEAD_CHANNELS)
+        q = self.query(queries).unflatten(-1, per_head) / HEAD_CHANNELS**0.5
+        probes = torch.einsum("ghd,hdc->ghc", q, self.key.weight.unflatten(0, per_head))
+        batch, windows, _, channels = tokens.shape
+        probes = probes.reshape(windows, -1, channels).expand(batch, -1, -1, -1)  # (B, 1, G·H, C) or (B, G, H, C)
+        pooled = F.scaled_dot_product_attention(probes, tokens, tokens, scale=1.0)
+        pooled = pooled.reshape(batch, -1, HEADS, channels)
+        values = torch.einsum("bghc,hdc->bghd", pooled, self.value.weight.unflatten(0, per_head))
+        return self.out(values.flatten(2))
+
+
+class DecoderLevel(nn.Module):
+    """One encoder level, skip-projected and attended to, refining the feature Y of every control point."""
+
+    def __init__(self, channels: int, coarsest: bool, local: bool):
+        super().__init__()
+        self.local = local
+        self.project = nn.Conv3d(channels, CHANNELS, 1)
+        self.attention = CrossAttention(CHANNELS if coarsest else 2 * CHANNELS)
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.mlp = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.GELU(), nn.Linear(CHANNELS, CHANNELS))
+
+    def tokens(self, features: Tensor, carried: Tensor | None, grid_size: Shape) -> Tensor:
+        """Ŷ = [P, Y]: projected features with their positions, beside Y carried to those positions."""
+        shape = tuple(features.shape[2:])
+        tokens = self.project(features) + grid_encoding(shape, features.device).T.unflatten(1, shape)
+        if carried is not None:
+            carried = upsample(carried.transpose(1, 2).unflatten(2, grid_size), shape)
+            tokens = torch.cat([tokens, carried], dim=1)
+        return to_windows(tokens, grid_size) if self.local else tokens.flatten(2).transpose(1, 2)[:, None]
+
+    def forward(self, queries: Tensor, features: Tensor, carried: Tensor | None, grid_size: Shape) -> Tensor:
+        """carried and result: (B, G, CHANNELS)."""
+        y = self.attention(queries, self.tokens(features, carried, grid_size))
+        if carried is not None:
+            y = y + carried
+        return y + self.mlp(self.norm(y))
+
+
+class GridReg(nn.Module):
+    """Registration by displacements of a sparse grid of control points (paper, section 3.1).
+
+    base_channels  width C of the encoder (paper: 16; ablated 8, 32)
+    num_layers     encoder layers L, 4 to 9 (paper: 5)
+    bayesian       predict a standard deviation per control point too (method 5)
+    upsampling     "trilinear", "bspline" or "deconv" (method 6)
+    projector      False feeds the coarsest level alone to the decoder (Table 3, config 5)
+    """
+
+    def __init__(
+        self,
+        base_channels: int = 16,
+        num_layers: int = 5,
+        bayesian: bool = False,
+        upsampling: str = "trilinear",
+        projector: bool = True,
+    ):
+        super().__init__()
+        if not 4 <= num_layers <= len(WIDTHS):
+            raise ValueError(f"num_layers must lie between 4 and {len(WIDTHS)}, found {num_layers}")
+        if upsampling not in METHODS:
+            raise ValueError(f"upsampling must be one of {', '.join(METHODS)}; found {upsampling!r}")
+        self.upsampling = upsampling
+        widths = [2] + [base_channels * w for w in WIDTHS[:num_layers]]
+        self.encoder = nn.ModuleList(
+            EncoderLayer(widths[i], widths[i + 1], 2 if i < STRIDED_LAYERS else 1) for i in range(num_layers)
+        )
+        self.layers = (num_layers, *LOCAL_LAYERS) if projector else (num_layers,)
+        self.decoder = nn.ModuleList(
+            DecoderLevel(widths[layer], layer == num_layers, layer != num_layers) for layer in self.layers
+        )
+        self.mean = nn.Linear(CHANNELS, 3)
+        self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
+        nn.init.normal_(self.mean.weight, std=1e-3)  # start near the identity, so that the first gradients mean something
+        nn.init.zeros_(self.mean.bias)
+
+    def forward(self, fixed: Tensor, moving: Tensor, grid_size: int | Shape = (10, 10, 10)) -> Registration:
+        """fixed, moving (B, 1, W, H, D) in [0, 1] → Registration. ValueError on other shapes or an impossible grid."""
+        check_volume(fixed, 1, "fixed")
+        check_volume(moving, 1, "moving")
+        if fixed.shape != moving.shape:
+            raise ValueError(f"fixed is {tuple(fixed.shape)}, moving {tuple(moving.shape)}; they must agree")
+        shape = tuple(fixed.shape[2:])
+        grid_size = check_grid_size(grid_size, shape)
+        features, x = {}, torch.cat([fixed, moving], dim=1)
+        for layer, encode in enumerate(self.encoder, start=1):
+            features[layer] = x = encode(x)
+        queries, y = grid_encoding(grid_size, x.device), None
+        for layer, level in zip(self.layers, self.decoder):
+            y = level(queries, features[layer], y, grid_size)
+        half = torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half-widths of the image
+        control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
+        sigma = None
+        if self.log_variance is not None:
+            sigma = ((self.log_variance(y).transpose(1, 2) / 2).exp() * half).unflatten(2, grid_size)
+        return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)

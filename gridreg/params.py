@@ -1,0 +1,268 @@
+"""Read, check and switch `params.yaml`, the one file of values that every DVC stage depends on.
+
+DVC cannot nest interpolation, so a profile is resolved into the flat `params.yaml` before DVC starts:
+`profiles/NAME.yaml` holds the values that belong to a profile, everything else in `params.yaml` is the user's.
+
+    python -m gridreg.params --check                    # what `make repro` does
+    python -m gridreg.params --profile smoke --check    # what `make repro PROFILE=smoke` does
+
+Devices, nodes and precision never stand in `params.yaml` (another machine would invalidate every stage): they are
+the environment variables GRIDREG_ACCELERATOR, GRIDREG_DEVICES, GRIDREG_NODES and GRIDREG_PRECISION.
+Which names and values are allowed is in `gridreg/schema.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from gridreg.errors import InputError
+from gridreg.schema import DATASET, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings, validate
+
+__all__ = ["load", "validate", "train_settings", "switch_profile", "skip_missing", "update"]
+
+ABSENT = object()
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null as `null`, which ruamel.yaml would otherwise turn into nothing at all."""
+
+
+_Representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
+def round_trip() -> YAML:
+    """A reader and writer that keeps comments, order and the style of lists."""
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.width = 4096
+    yaml.preserve_quotes = True
+    return yaml
+
+
+def read(path: str | Path, yaml: YAML) -> Any:
+    """The content of one YAML file, which must be a mapping. Raises InputError."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a YAML file") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "not a text"
+        raise InputError(f"{where}: {problem.splitlines()[0]}; expected YAML") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {type(content).__name__}; expected names with values")
+    return content
+
+
+def load(path: str | Path = "params.yaml") -> dict[str, Any]:
+    """The checked values of `params.yaml` as plain dicts and lists, defaults filled in."""
+    params = read(path, YAML(typ="safe", pure=True))  # pure: YAML 1.2, where 1e-4 is a number
+    validate(params, path, profile_names(path))
+
+    def fill(values: dict, rules: dict[str, Rule]) -> None:
+        values.update({n: r.default for n, r in rules.items() if n not in values and r.default is not REQUIRED})
+
+    fill(params["use"], USE)
+    fill(params["train"], TRAIN)
+    for name, values in params["datasets"].items():
+        fill(values, DATASET)
+        values["title"] = values["title"] or name
+    for values in params["runs"].values():
+        fill(values, METHODS[values["method"]])
+    return params
+
+
+def profile_path(path: str | Path, name: str) -> Path:
+    return Path(path).parent / "profiles" / f"{name}.yaml"
+
+
+def profile_names(path: str | Path) -> list[str]:
+    """The profiles beside a `params.yaml`."""
+    return sorted(file.stem for file in (Path(path).parent / "profiles").glob("*.yaml"))
+
+
+# ---- Profiles -----------------------------------------------------------------------------------------------------
+
+
+def leaves(values: dict, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value that is no mapping, with its path of names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*at, name))
+        else:
+            yield (*at, name), value
+
+
+def get(values: Any, at: tuple[str, ...]) -> Any:
+    for name in at:
+        if not isinstance(values, dict) or name not in values:
+            return ABSENT
+        values = values[name]
+    return values
+
+
+def taken_out(params: dict, at: tuple[str, ...]) -> bool:
+    """Whether the user deleted the whole dataset or run that this value belongs to; it then stays deleted."""
+    return at[0] in ("datasets", "runs") and get(params, at[:2]) is ABSENT
+
+
+def set_list(owner: dict, name: str, items: list) -> None:
+    """Replace a list in place, so that its comment and its [style] survive."""
+    current = owner.get(name)
+    if not isinstance(current, CommentedSeq):
+        owner[name] = current = CommentedSeq()
+    if not current:
+        current.fa.set_flow_style()
+    current[:] = items
+
+
+def switch_profile(params: Any, new: dict, old: dict, profile: str) -> bool:
+    """Write the values of profile `new` into `params` in place; say whether the user had edited any of them.
+
+    `old` are the stock values of the profile `params` is in now. Names that only `params` has are left alone.
+    """
+    edited = False
+    for at, value in leaves(new):
+        if taken_out(params, at):
+            continue
+        current, stock = get(params, at), get(old, at)
+        edited |= current != (value if stock is ABSENT else stock)
+        owner = params
+        for name in at[:-1]:
+            if not isinstance(owner.get(name), dict):
+                owner[name] = {}
+            owner = owner[name]
+        if current is ABSENT or current != value:
+            set_list(owner, at[-1], value) if isinstance(value, list) else owner.__setitem__(at[-1], value)
+    params["profile"] = profile
+    return edited
+
+
+# ---- Datasets that are not there ----------------------------------------------------------------------------------
+
+
+def skip_missing(params: Any, path: str | Path) -> list[str]:
+    """Move datasets between `use.datasets` and `use.skipped`, in place, by whether their path exists.
+
+    A path under data/ counts as there: DVC pulls it. Returns one line for each dataset that is skipped or back.
+    """
+    root, use = Path(path).parent, params["use"]
+    order = list(params["datasets"])
+    used, skipped, lines = list(use["datasets"]), list(use.get("skipped", [])), []
+
+    def there(name: str) -> bool:
+        folder = os.path.join(root, params["datasets"][name]["path"])
+        return os.path.relpath(folder, root).split(os.sep)[0] == "data" or os.path.exists(folder)
+
+    for name in list(skipped):
+        if there(name):
+            skipped.remove(name)
+            later = [i for i, other in enumerate(used) if order.index(other) > order.index(name)]
+            used.insert(later[0] if later else len(used), name)
+            lines.append(f"dataset {name}: back in use, {params['datasets'][name]['path']} found")
+    for name in list(used):
+        if not there(name):
+            used.remove(name)
+            skipped.append(name)
+    for name in skipped:
+        lines.append(f"dataset {name}: skipped, folder {params['datasets'][name]['path']} not found (named in {path})")
+    if not used:
+        raise InputError(f"{path}: no folder of any dataset in use was found "
+                         f"({', '.join(params['datasets'][n]['path'] for n in skipped)}); expected at least one "
+                         "(`make cohort PROFILE=paper` makes the simulated ones under cohorts/paper)")
+    for name, new in (("datasets", used), ("skipped", skipped)):
+        if list(use.get(name, [])) != new:
+            set_list(use, name, new)
+    return lines
+
+
+# ---- The file -----------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interruption leaves the old one whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep(path: Path, profile: str) -> Path:
+    """Copy the file to params.<profile>.yaml, or with a number if there is one already; returns the copy."""
+    number = 1
+    while True:
+        copy = path.with_name(f"{path.stem}.{profile}{'' if number == 1 else f'.{number}'}{path.suffix}")
+        try:
+            with copy.open("xb") as file:
+                file.write(path.read_bytes())
+            return copy
+        except FileExistsError:
+            number += 1
+
+
+def update(path: str | Path = "params.yaml", profile: str | None = None, check: bool = True) -> list[str]:
+    """Switch `path` to `profile` if it is in another one, sort out missing datasets if `check`, validate, write.
+
+    The file is written only when something changed, and not at all on an error. Returns lines for the user.
+    """
+    path, known, lines = Path(path), profile_names(path), []
+    yaml = round_trip()
+    params = read(path, yaml)
+    before = list(leaves(read(path, round_trip())))
+    edited = False
+    if profile is not None:
+        refuse_unknown(profile, known, "profile", "PROFILE")
+    if profile is not None and profile != params.get("profile"):
+        refuse_unknown(params.get("profile"), known, "profile", str(path))
+        new = read(profile_path(path, profile), round_trip())
+        edited = switch_profile(params, new, read(profile_path(path, params["profile"]), round_trip()), profile)
+        lines.append(f"{path}: now in profile {profile}")
+    validate(params, path, known)
+    if check:
+        lines += skip_missing(params, path)
+        validate(params, path, known)
+    if list(leaves(params)) != before:
+        if edited:
+            old = dict(before)[("profile",)]
+            lines.append(f"{path}: your edited {old} values are kept in {keep(path, old)}")
+        text = io.StringIO()
+        yaml.dump(params, text)
+        write(path, text.getvalue())
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m gridreg.params", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", metavar="NAME", help="switch params.yaml to this profile (smoke, demo, paper)")
+    parser.add_argument("--check", action="store_true", help="also skip datasets whose folder is not there")
+    parser.add_argument("--file", default="params.yaml", type=Path, help="another file than params.yaml")
+    options = parser.parse_args()
+    try:
+        for line in update(options.file, options.profile, options.check):
+            print(line, file=sys.stderr)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; expected to be able to read and write it", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

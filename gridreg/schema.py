@@ -1,0 +1,198 @@
+"""Which names and values may stand in `params.yaml`: the tables below, and the check against them.
+
+Bad values get one sentence: where, what was found, what was expected, and the nearest name that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gridreg.errors import InputError
+
+REQUIRED = object()
+
+
+class Rule(NamedTuple):
+    """What one value must be: `expected` ends the sentence "… expected …"; `default` is for a value left out."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+    default: Any = REQUIRED
+
+
+def whole(low: int, high: float = math.inf) -> Rule:
+    text = f"a whole number of at least {low}" if high == math.inf else f"a whole number from {low} to {high}"
+    return Rule(text, lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high)
+
+
+def number(low: float, above: bool = False) -> Rule:
+    def holds(v: Any) -> bool:
+        real = isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        return real and (v > low if above else v >= low)
+
+    return Rule(f"a number {'above' if above else 'of at least'} {low:g}", holds)
+
+
+def choice(*names: str) -> Rule:
+    return Rule("one of " + ", ".join(names), lambda v: isinstance(v, str) and v in names)
+
+
+def each(rule: Rule, expected: str, lengths: Iterable[int] = range(1, 1000)) -> Rule:
+    return Rule(expected, lambda v: isinstance(v, list) and len(v) in lengths and all(map(rule.holds, v)))
+
+
+def default(rule: Rule, value: Any) -> Rule:
+    """May be left out, then it is `value`; where that is null, null may also be written."""
+    if value is not None:
+        return rule._replace(default=value)
+    return Rule(rule.expected + ", or null", lambda v: v is None or rule.holds(v), None)
+
+
+LETTERS = re.compile(r"[A-Za-z0-9_-]+")  # what DVC allows in the name of a stage
+NAME = Rule("a name of letters, digits, - and _", lambda v: isinstance(v, str) and bool(LETTERS.fullmatch(v)))
+TEXT = Rule("a text", lambda v: isinstance(v, str) and v.strip() != "")
+FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+NAMES = each(NAME, "a list of names", lengths=range(1000))
+SHAPE = each(whole(2), "three whole numbers of at least 2", lengths=[3])
+SHAPES = each(SHAPE, "a list of sizes, each three whole numbers of at least 2")
+LABELS = each(whole(1), "a list of label numbers of at least 1")
+
+# ---- The schema: every name that may stand in params.yaml. A new parameter is a new line here. --------------------
+TOP = {"profile": NAME, "seed": whole(0)}                         # beside the sections use, datasets, runs, train
+USE = {"datasets": NAMES, "skipped": default(NAMES, []), "trained": NAMES, "untrained": NAMES}
+DATASET = {
+    "title": default(TEXT, None),                                 # null: the dataset's name
+    "path": TEXT,                                                 # a folder in Learn2Reg layout
+    "shape": SHAPE,                                               # voxels after preprocessing
+    "spacing_mm": number(0, above=True),                          # isotropic, after preprocessing
+    "affine_reference": default(TEXT, None),                      # mni152 or an image file; null: none
+    "labels": default(LABELS, None),                              # null: every label of dataset.json
+    "dice_weight": default(number(0), 1.0),
+    "bending_weight": default(number(0), 200000.0),               # the paper's best, Figure 8(1)
+    "max_subjects": default(whole(2), None),                      # null: all
+    "max_pairs": default(whole(1), None),                         # null: all
+}
+TRAIN = {
+    "steps": default(whole(1), None),                             # exactly one of steps and epochs is a number
+    "epochs": default(whole(1), None),
+    "batch": whole(1),
+    "learning_rate": number(0, above=True),
+    "validate_every": whole(1),                                   # steps
+}
+METHODS = {                                                       # a trained run may give any name of TRAIN, too
+    "identity": {},
+    "voxelmorph": {"width": default(whole(1), 16)},
+    "gridreg": {
+        "grids": SHAPES,                                          # control points; several: one drawn at every step
+        "base_channels": default(whole(1), 16),
+        "num_layers": default(whole(1, 9), 5),
+        "upsampling": default(choice("trilinear", "bspline", "deconv"), "trilinear"),
+        "projector": default(FLAG, True),
+        "bayesian": default(FLAG, False),
+    },
+}
+UNTRAINED = ("identity",)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_rules(method: str) -> dict[str, Rule]:
+    """The schema of a run of `method`; the names of TRAIN have no default there, `train` is theirs."""
+    own = {"method": choice(*METHODS), **METHODS[method]}
+    return own if method in UNTRAINED else own | {name: default(rule, None) for name, rule in TRAIN.items()}
+
+
+def refuse_unknown(name: Any, known: Iterable[str], what: str, where: str) -> None:
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f" (nearest: {near[0]})" if near else ""
+        raise InputError(f"{where}: unknown {what} {name!r}; expected one of {', '.join(known)}{hint}")
+
+
+def check_section(values: Any, rules: dict[str, Rule], where: str, others: Iterable[str] = ()) -> None:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is {values!r:.60}; expected names with values")
+    for name in values:
+        refuse_unknown(name, [*rules, *others], "parameter", where)
+    for name, rule in rules.items():
+        if name not in values and rule.default is REQUIRED:
+            raise InputError(f"{where}: {name} is missing; expected {rule.expected}")
+        if name in values and not rule.holds(values[name]):
+            raise InputError(f"{where}: {name} is {values[name]!r:.60}; expected {rule.expected}")
+
+
+def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable[str] = ()) -> None:
+    """Raise InputError, one sentence, at the first value of `params` that is unknown or out of range.
+
+    `source` is the file named in the sentence; `profiles` are the known profiles (none: any name will do).
+    """
+    sections = {"use": USE, "datasets": None, "runs": None, "train": TRAIN}
+    check_section(params, TOP, str(source), others=sections)
+    for section, rules in sections.items():
+        where = f"{source}: {section}"
+        if section not in params:
+            raise InputError(f"{where} is missing; expected this section")
+        if rules is not None:
+            check_section(params[section], rules, where)
+            continue
+        check_section(params[section], {}, where, others=params[section] or ())
+        for name in params[section]:
+            if not NAME.holds(name):
+                raise InputError(f"{where}: {name!r} is no usable name; expected {NAME.expected}")
+    if profiles:
+        refuse_unknown(params["profile"], profiles, "profile", str(source))
+    for name, values in params["datasets"].items():
+        check_section(values, DATASET, f"{source}: datasets.{name}")
+    for name, values in params["runs"].items():
+        where = f"{source}: runs.{name}"
+        if not isinstance(values, dict) or "method" not in values:
+            raise InputError(f"{where} has no method; expected method: and one of {', '.join(METHODS)}")
+        refuse_unknown(values["method"], METHODS, "method", where)
+        check_section(values, run_rules(values["method"]), where)
+        if values["method"] not in UNTRAINED:
+            budget = train_settings(params, name)
+            if (budget["steps"] is None) == (budget["epochs"] is None):
+                raise InputError(f"{where}: steps and epochs are {budget['steps']} and {budget['epochs']}; "
+                                 "expected a number for exactly one of them (there or in train)")
+    check_use(params, source)
+
+
+def check_use(params: dict, source: str | Path) -> None:
+    """Every name under `use` exists, once, in the right list, and its grids fit into the images."""
+    use = params["use"]
+    for lists, section in ((("datasets", "skipped"), "datasets"), (("trained", "untrained"), "runs")):
+        seen: list[str] = []
+        for name in (name for key in lists for name in use.get(key, [])):
+            refuse_unknown(name, params[section], section[:-1], f"{source}: use")
+            if name in seen:
+                raise InputError(f"{source}: use names the {section[:-1]} {name!r} twice; expected it once")
+            seen.append(name)
+    if not use["datasets"]:
+        raise InputError(f"{source}: use.datasets is empty; expected at least one dataset")
+    for key in ("trained", "untrained"):
+        for name in use[key]:
+            method = params["runs"][name]["method"]
+            if (method in UNTRAINED) != (key == "untrained"):
+                other = "untrained" if key == "trained" else "trained"
+                raise InputError(f"{source}: use.{key} names the run {name!r} of method {method}; "
+                                 f"expected it in use.{other}")
+            for grid in params["runs"][name].get("grids", []):
+                for dataset in use["datasets"]:
+                    shape = params["datasets"][dataset]["shape"]
+                    if any(g > n for g, n in zip(grid, shape)):
+                        raise InputError(f"{source}: runs.{name} has the grid {grid}; expected at most {shape}, "
+                                         f"the shape of {dataset}")
+
+
+def train_settings(params: dict, run: str) -> dict[str, Any]:
+    """The training values of a run: its own where given, else those of `train`; its steps or epochs replace both."""
+    own = {name: params["runs"][run].get(name) for name in TRAIN}
+    shared = {name: params["train"].get(name) for name in TRAIN}
+    if own["steps"] is not None or own["epochs"] is not None:
+        shared["steps"] = shared["epochs"] = None
+    return {name: shared[name] if own[name] is None else own[name] for name in TRAIN}

@@ -1,0 +1,98 @@
+"""How every figure looks: type, colours, colour maps, and how a figure reaches the disk.
+
+Colours of methods are fixed, from the Okabe–Ito set that stays distinct under colour blindness; GridReg is dark blue,
+its separately trained grids lighter the coarser they are. Magnitudes are drawn with a perceptually uniform sequential
+map, signed quantities with a diverging one.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+MAGNITUDE = "viridis"  # ≥ 0: displacement length, uncertainty, error
+SIGNED = "RdBu_r"  # around 0: displacement component, log det J
+IMAGE = "gray"
+
+FIXED_COLOUR = "#E69F00"  # contour of the fixed mask
+WARPED_COLOUR = "#56B4E9"  # contour of the warped (or moving) mask
+NEUTRAL = "#000000"  # what is no single method
+
+COLOURS = {
+    "identity": "#7F7F7F",
+    "ants-syn": "#CC79A7",
+    "voxelmorph": "#D55E00",
+    "transmorph": "#E69F00",
+    "keymorph": "#009E73",
+    "gridreg-5": "#8CCBF2",
+    "gridreg-8": "#6BB9EA",
+    "gridreg-10": "#4AA6DF",
+    "gridreg-15": "#2B92D0",
+    "gridreg-adaptive": "#0065AB",
+}
+_UNKNOWN = "#444444"
+
+RC = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib: the same figure on every machine
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "image.cmap": IMAGE,
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # TrueType: text stays text
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+}
+
+
+def styled() -> AbstractContextManager:
+    """``with styled():`` — everything drawn inside looks like a figure of this repository."""
+    return mpl.rc_context(RC)
+
+
+def colour(run: str) -> str:
+    """The colour of a run, the same in every figure; a run without one of its own is dark grey."""
+    return COLOURS.get(run, _UNKNOWN)
+
+
+def add_caption(figure: Figure, text: str) -> None:
+    """A small line under the figure, wrapped to its width (a constrained layout makes room for it)."""
+    characters = int(figure.get_size_inches()[0] * 19)
+    figure.supxlabel(textwrap.fill(text, characters), fontsize=7, color="#333333", x=0.01, ha="left")
+
+
+def save_figure(figure: Figure, path: Path | str) -> list[Path]:
+    """Write ``<path>.png`` and ``<path>.pdf``, each in one move and without a date, so equal figures are equal files."""
+    stem = Path(path)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, metadata in {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None}}.items():
+        final = stem.with_name(f"{stem.name}.{suffix}")
+        temporary = stem.with_name(f".{stem.name}.tmp.{suffix}")
+        with styled():
+            if figure.get_layout_engine() is not None:
+                figure.draw_without_rendering()  # settle the layout once, the same for both files
+                figure.set_layout_engine("none")
+            figure.savefig(temporary, metadata=metadata)
+        os.replace(temporary, final)
+        written.append(final)
+    plt.close(figure)  # a notebook shows the returned figure by displaying it, not by leaving it open
+    return written

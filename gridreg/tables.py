@@ -1,0 +1,214 @@
+"""Table 1 as data: our value of every cell, its q-value, and the paper's value facing it (paper Section 5.1).
+
+``table1`` returns a tidy frame with one row per dataset × metric × run; how it looks in Markdown and LaTeX is decided in
+``gridreg.table_text``. A cell in which GridReg loses is shown like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gridreg.errors import InputError
+from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing
+from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, run_label
+from gridreg.stats import Test, compare, summarise
+
+COLUMNS = ["dataset", "dataset_label", "simulated", "metric", "unit", "method", "method_label", "grid", "mean", "sd", "n",
+           "failures", "p", "q", "test", "paper", "paper_note", "best", "note"]  # fmt: skip
+ALL = "all"  # the rows that are not of one dataset
+SKIPPED = "skipped"  # metric of the one row that stands for a dataset without results
+FDR = 0.05
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a reader must know of how the numbers were made."""
+
+    profile: str  # smoke, demo or paper
+    budgets: dict[str, dict[str, tuple[int, int]]]  # dataset → run → (steps, batch)
+    voxelmorph: str  # its width, in words, e.g. "the official default width, 16-32-32-32"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper: ``rows`` is tidy (COLUMNS); ``title`` and ``notes`` are plain sentences."""
+
+    name: str
+    title: str
+    rows: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+
+def dataset_label(dataset: str, simulated: bool) -> str:
+    """``Prostate, Dataset 1 (simulated)``; a dataset the paper does not have keeps its own name."""
+    paper = PAPER_DATASETS.get(dataset)
+    name = dataset.capitalize() + f", {paper}" if paper else dataset
+    return f"{name} (simulated)" if simulated else name
+
+
+def table1(
+    cases: pd.DataFrame,
+    costs: pd.DataFrame,
+    skipped: dict[str, str],
+    indexes: dict[str, dict[str, Any]],
+    setting: Setting,
+    test: Test = "t",
+) -> Table:
+    """Table 1 of the paper on our own cases.
+
+    ``cases`` and ``costs`` as from ``gridreg.results``; ``skipped`` maps a dataset without results to the reason;
+    ``indexes`` maps every dataset of ``cases`` to its preprocessed ``index.json`` (for "simulated").
+    """
+    datasets = in_order(cases["dataset"], PAPER_DATASETS)
+    for dataset in datasets:
+        if "simulated" not in indexes.get(dataset, {}):
+            raise InputError(f"index.json of {dataset}: no key 'simulated', expected true or false")
+    summary = summarise(cases)
+    keys = ["dataset", "metric", "run"]
+    tests = compare(cases, test=test)[[*keys, "p", "q", "test"]]
+    rows = [summary.merge(tests, on=keys, how="left"), _memory(cases, costs), _overall(cases, costs)]
+    tidy = pd.concat([part for part in rows if len(part)], ignore_index=True)
+    tidy = _complete(tidy, datasets, indexes)
+    missing = [
+        {"dataset": name, "dataset_label": dataset_label(name, False), "metric": SKIPPED, "note": reason}
+        for name, reason in sorted(skipped.items())
+    ]
+    if missing:
+        tidy = pd.concat([tidy, pd.DataFrame(missing)], ignore_index=True)
+    tidy = tidy.reindex(columns=COLUMNS)
+    return Table("table1", _title(datasets, indexes), tidy, _notes(tidy, cases, costs, indexes, skipped, setting, test))
+
+
+def _memory(cases: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Peak GPU memory (the maximum over cases) of every run; NaN where the run was not evaluated on a GPU."""
+    rows = []
+    on_gpu = {(row.dataset, row.run) for row in costs.itertuples() if row.device.split()[:1] == ["cuda"]}
+    for (dataset, run), group in chosen_rows(cases).groupby(["dataset", "run"], sort=False):
+        peak = group["peak_mb"].max() if (dataset, run) in on_gpu else np.nan
+        rows.append({"dataset": dataset, "metric": "peak_mb", "run": run, "mean": peak, "n": len(group)})
+    return pd.DataFrame(rows)
+
+
+def _overall(cases: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Parameters, and seconds per case over the datasets that every run was evaluated on; not for the identity."""
+    chosen = chosen_rows(cases)
+    runs = in_order(set(chosen["run"]) - {"identity"})
+    shared = [name for name, group in chosen.groupby("dataset") if set(runs) <= set(group["run"])]
+    rows = []
+    for run in runs:
+        counts = costs.loc[costs["run"] == run, "parameters"].dropna().unique()
+        if len(counts) > 1:
+            raise InputError(f"metrics.json of run {run}: parameters {sorted(counts)}, expected one number for all datasets")
+        rows.append({"metric": "parameters", "run": run, "mean": counts[0] if len(counts) else np.nan})
+        seconds = chosen.loc[(chosen["run"] == run) & chosen["dataset"].isin(shared), "seconds"].dropna()
+        rows.append({"metric": "seconds", "run": run, "mean": seconds.mean(), "sd": seconds.std(), "n": len(seconds)})
+    return pd.DataFrame(rows).assign(dataset=ALL)
+
+
+def _complete(tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Labels, the paper's values, the best of each row, and the order of the printed table."""
+    simulated = {name: bool(indexes[name]["simulated"]) for name in datasets}
+    labels = {name: dataset_label(name, simulated[name]) for name in datasets} | {ALL: "All datasets"}
+    tidy = tidy.rename(columns={"run": "method"})
+    tidy["dataset_label"] = tidy["dataset"].map(labels)
+    tidy["simulated"] = tidy["dataset"].map(simulated | {ALL: any(simulated.values())})
+    tidy["unit"] = tidy["metric"].map(lambda name: METRICS[name].unit)
+    tidy["method_label"] = tidy["method"].map(run_label)
+    tidy["n"] = tidy["n"].astype("Int64")  # nullable integers: a skipped dataset has none
+    tidy["failures"] = tidy["failures"].fillna(0).astype("Int64")
+    printed = [facing("" if row.dataset == ALL else row.dataset, row.metric, row.method) for row in tidy.itertuples()]
+    tidy["paper"] = [value.text(metric) if value else "" for value, metric in zip(printed, tidy["metric"])]
+    tidy["paper_note"] = [value.note if value else "" for value in printed]
+    tidy["best"] = False
+    for (_, metric), group in tidy.groupby(["dataset", "metric"]):
+        tidy.loc[_best(group, metric), "best"] = True
+    orders = {
+        "dataset": {name: place for place, name in enumerate([*datasets, ALL])},
+        "metric": {name: place for place, name in enumerate(METRICS)},
+        "method": {name: place for place, name in enumerate(in_order(tidy["method"]))},
+    }
+    return tidy.sort_values(list(orders), key=lambda column: column.map(orders[column.name]), ignore_index=True)
+
+
+def _best(group: pd.DataFrame, metric: str) -> pd.Index:
+    """Rows with the best mean among registration methods. Equal as printed is equal; fewer failed cases come first."""
+    able = group[(group["method"] != "identity") & np.isfinite(group["mean"])]
+    able = able[able["failures"] == able["failures"].min()]
+    shown = able["mean"].map(lambda value: float(METRICS[metric].format.format(value).replace(",", "")))
+    return able.index[shown == (shown.max() if METRICS[metric].better == "higher" else shown.min())]
+
+
+def _title(datasets: list[str], indexes: dict[str, dict[str, Any]]) -> str:
+    simulated = [name for name in datasets if indexes[name]["simulated"]]
+    which = "simulated cohorts" if len(simulated) == len(datasets) else "the cohorts named below"
+    return f"Registration of the test pairs of {which}, the paper's values facing ours."
+
+
+def _notes(
+    tidy: pd.DataFrame,
+    cases: pd.DataFrame,
+    costs: pd.DataFrame,
+    indexes: dict[str, dict[str, Any]],
+    skipped: dict[str, str],
+    setting: Setting,
+    test: Test,
+) -> list[str]:
+    notes = []
+    if any(index["simulated"] for name, index in indexes.items() if name in set(cases["dataset"])):
+        notes.append(
+            "Datasets marked (simulated) are simulated cohorts, not patients; the paper's values come from other, real "
+            "cohorts and stand beside ours for orientation, not as a target."
+        )
+    notes.append(f"Profile {setting.profile}. {_budgets(setting)} VoxelMorph: {setting.voxelmorph}.")
+    pairs = chosen_rows(cases)[["dataset", "fixed", "moving"]].drop_duplicates().groupby("dataset").size()
+    counts = ", ".join(f"{name} {pairs[name]}" for name in in_order(pairs.index, PAPER_DATASETS))
+    notes.append(
+        f"Mean ± SD over test pairs ({counts}); bold: best mean among registration methods, equal as printed being equal."
+    )
+    kind = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}[test]
+    notes.append(
+        f"q: one-sided {kind}, alternative {run_label(REFERENCE)} better than the method of the column on the same pairs, "
+        f"Benjamini–Hochberg within dataset × metric; q ≤ {FDR:g} is significant at a false discovery rate of {FDR:.0%}. "
+        "A q near 1 means that GridReg is no better and may be worse."
+    )
+    tested = tidy.loc[tidy["metric"].isin(CASE_METRICS), "test"].dropna()
+    if (tested != test).any():
+        notes.append("Where only one of two methods failed on a case, the signed-rank test was used, the failure ranked worst.")
+    if (tidy["failures"] > 0).any():
+        notes.append("n failed: cases whose landmark or mask vanished; counted here, not part of the mean.")
+    memory = tidy[(tidy["metric"] == "peak_mb") & (tidy["method"] != "identity")]
+    if memory["mean"].isna().any():
+        notes.append("GPU memory –: not measured, because this run was not evaluated on a GPU.")
+    devices = sorted(set(costs.loc[costs["run"] != "identity", "device"]))
+    notes.append(f"Time per case measured on: {'; '.join(devices) or 'unknown device'}; the paper's on one 32 GB GPU.")
+    absent = [PAPER_COLUMN_LABELS[column] for run, column in PAPER_COLUMN.items() if run not in set(cases["run"])]
+    if absent:
+        notes.append(f"In the paper but not run here: {', '.join(absent)}.")
+    notes.append(
+        "Paper: * bold there and lost from the table we have, taken from its text; ? uncertain (the alignment of the first "
+        "Dice row is; the reason for each is in the CSV); blank: cannot be read. True TRE, non-diffeomorphic volume and "
+        "SD of log det J are not in the paper's Table 1; its folding is from Table 4."
+    )
+    notes += [f"Dataset {name} was skipped: {reason}" for name, reason in sorted(skipped.items())]
+    return notes
+
+
+def _budgets(setting: Setting) -> str:
+    """``Training budget: 600 steps × batch 4 for prostate, pelvis (every run); …``, equal budgets named together."""
+    who: dict[tuple[int, int], dict[str, list[str]]] = {}  # budget → runs in words → datasets
+    for dataset, budgets in setting.budgets.items():
+        for budget in dict.fromkeys(map(tuple, budgets.values())):
+            runs = [run for run in budgets if tuple(budgets[run]) == budget]
+            words = "every run" if len(runs) == len(budgets) else ", ".join(map(run_label, runs))
+            who.setdefault(budget, {}).setdefault(words, []).append(dataset)
+    if not who:
+        return "Training budget unknown."
+    parts = []
+    for (steps, batch), members in who.items():
+        names = "; ".join(f"{', '.join(datasets)} ({words})" for words, datasets in members.items())
+        parts.append(f"{steps:,} steps × batch {batch} for {names}")
+    return f"Training budget: {'; '.join(parts)}."

@@ -1,0 +1,205 @@
+"""Table 1: the numbers, what is bold, what faces them, and that both texts can be read back."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gridreg.errors import InputError
+from gridreg.paper_numbers import TABLE1, facing
+from gridreg.table_text import latex_escape, lines, to_latex, to_markdown, write_table
+from gridreg.tables import Setting, dataset_label, table1
+
+METHODS = {"identity": "", "voxelmorph": "", "gridreg-10": "10x10x10", "gridreg-adaptive": "10x10x10"}
+SETTING = Setting("demo", {"prostate": {"voxelmorph": (600, 4), "gridreg-adaptive": (900, 4)}}, "width 16_32")
+
+
+def make_cases(means: dict[str, float], dataset: str = "prostate", n: int = 6) -> pd.DataFrame:
+    """Every run has exactly the mean Dice asked for; spread and distances follow from it."""
+    rng, rows = np.random.default_rng(0), []
+    for run, mean in means.items():
+        spread = rng.normal(size=n) * 0.01
+        for case, dice in enumerate(mean + spread - spread.mean()):
+            rows.append(
+                {"dataset": dataset, "run": run, "method": run.split("-")[0], "grid": METHODS[run], "chosen": True,
+                 "fixed": f"f{case}", "moving": f"m{case}", "dice": dice, "landmark_mm": 30 * (1 - dice),
+                 "mask_mm": 20 * (1 - dice), "tre_mm": 25 * (1 - dice), "logdet_mean": 0.0, "logdet_std": 1 - dice,
+                 "folding_percent": 0.0, "nondiffeomorphic_percent": 0.0, "seconds": 0.1 + 0.01 * case, "peak_mb": np.nan}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def make_costs(cases: pd.DataFrame, device: str = "cpu") -> pd.DataFrame:
+    parameters = {"identity": np.nan, "voxelmorph": 327_331, "gridreg-10": 251_000, "gridreg-adaptive": 251_000}
+    rows = cases[["dataset", "run"]].drop_duplicates()
+    return rows.assign(parameters=rows["run"].map(parameters), device=device)
+
+
+LOSING = {"identity": 0.95, "voxelmorph": 0.86, "gridreg-10": 0.82, "gridreg-adaptive": 0.80}
+
+
+def make_table(means=LOSING, skipped=None, index=None, dataset="prostate"):
+    cases = make_cases(means, dataset)
+    return table1(cases, make_costs(cases), skipped or {}, {dataset: index or {"simulated": True}}, SETTING)
+
+
+@functools.cache
+def default_table():
+    return make_table()
+
+
+def cell(table, metric, method):
+    rows = table.rows[(table.rows["metric"] == metric) & (table.rows["method"] == method)]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_best_is_the_best_registration_method_even_where_gridreg_loses():
+    rows = default_table().rows
+    for metric in ("dice", "landmark_mm", "tre_mm"):  # higher, then lower is better; the original is out of competition
+        best = rows[(rows["metric"] == metric) & rows["best"]]
+        assert list(best["method"]) == ["voxelmorph"]
+    assert rows.loc[rows["metric"] == "dice", "q"].dropna().min() > 0.5  # one-sided: GridReg is worse
+
+
+def test_equal_as_printed_is_equally_best():
+    means = {"identity": 0.7, "voxelmorph": 0.8601, "gridreg-10": 0.8599, "gridreg-adaptive": 0.8592}
+    rows = make_table(means).rows
+    best = rows[(rows["metric"] == "dice") & rows["best"]]
+    assert list(best["method"]) == ["voxelmorph", "gridreg-10"]
+
+
+def test_fewer_failures_before_a_better_mean():
+    cases = make_cases(LOSING)
+    hard = (cases["run"] == "voxelmorph") & (cases["fixed"] == "f0")
+    cases.loc[hard, "landmark_mm"] = np.nan
+    table = table1(cases, make_costs(cases), {}, {"prostate": {"simulated": True}}, SETTING)
+    assert not cell(table, "landmark_mm", "voxelmorph")["best"] and cell(table, "landmark_mm", "gridreg-10")["best"]
+    assert cell(table, "landmark_mm", "voxelmorph")["failures"] == 1
+    assert "(1 failed)" in to_markdown(table) and any("signed-rank" in note for note in table.notes)
+
+
+def test_tidy_values_are_those_of_the_cases():
+    table, cases = default_table(), make_cases(LOSING)
+    dice = cases.loc[cases["run"] == "voxelmorph", "dice"]
+    row = cell(table, "dice", "voxelmorph")
+    assert row["mean"] == pytest.approx(dice.mean()) and row["sd"] == pytest.approx(dice.std(ddof=1)) and row["n"] == 6
+    assert cell(table, "parameters", "gridreg-adaptive")["mean"] == 251_000
+    assert cell(table, "seconds", "voxelmorph")["mean"] == pytest.approx(0.125)
+
+
+def test_memory_is_shown_only_for_gpu_runs():
+    cpu = default_table()
+    assert cpu.rows.loc[cpu.rows["metric"] == "peak_mb", "mean"].isna().all()
+    assert any(note.startswith("GPU memory –") for note in cpu.notes)
+    cases = make_cases(LOSING).assign(peak_mb=146.0)
+    for device, shown in (("cuda (NVIDIA)", 146.0), ("cpu", np.nan)):
+        table = table1(cases, make_costs(cases, device), {}, {"prostate": {"simulated": True}}, SETTING)
+        np.testing.assert_equal(cell(table, "peak_mb", "voxelmorph")["mean"], shown)
+
+
+def test_the_papers_values_face_ours_with_their_marks():
+    table = default_table()
+    assert cell(table, "dice", "voxelmorph")["paper"] == "0.86 ± 0.02?"
+    assert "uncertain" in cell(table, "dice", "voxelmorph")["paper_note"]
+    assert cell(table, "dice", "gridreg-adaptive")["paper"] == "0.88 ± 0.02*"
+    assert cell(table, "dice", "gridreg-10")["paper"] == ""
+    assert cell(table, "mask_mm", "gridreg-adaptive")["paper"] == ""  # bold and lost: blank, not guessed
+    assert cell(table, "folding_percent", "voxelmorph")["paper"] == "0.4"
+    assert cell(table, "parameters", "gridreg-adaptive")["paper"] == "252,960"
+    assert facing("oasis", "dice", "voxelmorph") is None
+
+
+def test_every_value_of_the_first_dice_row_in_the_table_is_marked():
+    assert all(value.mark for value in TABLE1["prostate", "dice"].values())
+    for row in TABLE1.values():
+        assert all(bool(value.mark) == bool(value.note) for value in row.values())
+
+
+def test_simulated_is_said_in_name_title_and_notes():
+    table = default_table()
+    assert (table.rows.loc[table.rows["dataset"] == "prostate", "dataset_label"] == "Prostate, Dataset 1 (simulated)").all()
+    for text in (to_markdown(table), to_latex(table)):
+        assert "Prostate, Dataset 1 (simulated)" in text and "simulated cohorts, not patients" in text
+    notes = " ".join(table.notes)
+    assert "Profile demo" in notes and "600 steps × batch 4" in notes and "900 steps × batch 4" in notes
+    real = make_table(index={"simulated": False}, dataset="oasis")
+    assert dataset_label("oasis", False) == "oasis"
+    assert "simulated" not in to_markdown(real)
+
+
+def test_dataset_of_unknown_origin_is_refused():
+    with pytest.raises(InputError, match="no key 'simulated'"):
+        make_table(index={"name": "prostate"})
+
+
+def test_skipped_datasets_have_their_line_everywhere():
+    table = make_table(skipped={"lumir": "data/lumir_50% & more is not there."})
+    assert table.rows.iloc[-1][["dataset", "metric", "note"]].tolist() == ["lumir", "skipped", "data/lumir_50% & more is not there."]
+    assert "lumir: skipped. data/lumir" in to_markdown(table)
+    assert r"lumir: skipped. data/lumir\_50\% \& more is not there." in to_latex(table)
+    assert any(note.startswith("Dataset lumir was skipped") for note in table.notes)
+    assert table.rows["n"].dtype == "Int64"  # a row without numbers must not turn counts into 6.0
+
+
+def test_markdown_reads_back():
+    table = make_table(skipped={"lumir": "not | there"})
+    rows = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
+    split = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
+    assert {len(cells) for cells in split} == {len(METHODS) + 1}
+    heads = [cell.strip() for cell in split[0]]
+    assert heads == ["", "Original", "VoxelMorph", "GridReg-10", "GridReg (adaptive)"]
+    dice = next(cells for cells in split if cells[0].strip() == "Dice")
+    assert re.fullmatch(r"0\.950 ± 0\.0\d\d", dice[1].strip())
+    assert [cell.strip().startswith("**") for cell in dice[1:]] == [False, True, False, False]
+
+
+def test_grid_is_named():
+    _, printed = lines(default_table().rows)
+    grid = next(line for line in printed if line.kind == "grid")
+    assert [text for text, _ in grid.cells] == ["–", "–", "10×10×10", "10×10×10"]
+
+
+def test_latex_escapes_each_character_once():
+    assert latex_escape(r"a_b 5% ±1 <0.1 {x} \y & #1 $~^") == (
+        r"a\_b 5\% $\pm$1 $<$0.1 \{x\} \textbackslash{}y \& \#1 \$\textasciitilde{}\textasciicircum{}"
+    )
+    assert latex_escape("10×10×10 – ok") == r"10$\times$10$\times$10 -- ok"
+
+
+def test_latex_is_balanced_and_rectangular():
+    text = to_latex(make_table(skipped={"lumir_1": "100% missing"}))
+    body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
+    for row in [line for line in body.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]:
+        assert len(re.findall(r"(?<!\\)&", row)) == len(METHODS)
+    bare = re.sub(r"\\[{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert text.count(r"\begin{") == text.count(r"\end{")
+    text.encode("ascii")  # whatever is not ASCII would need a package of its own
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(tmp_path):
+    write_table(make_table(skipped={"lumir_1": "100% & missing"}), tmp_path)
+    document = r"\documentclass{article}\usepackage{booktabs,graphicx,xcolor}\begin{document}\input{table1.tex}\end{document}"
+    (tmp_path / "document.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-1500:]
+    assert "Missing character" not in done.stdout
+
+
+def test_files_are_written_whole_and_csv_keeps_full_precision(tmp_path):
+    table = default_table()
+    paths = write_table(table, tmp_path / "figures")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["table1.csv", "table1.md", "table1.tex"]
+    read = pd.read_csv(paths[0])
+    np.testing.assert_array_equal(read["mean"], table.rows["mean"])
+    columns = {"dataset", "metric", "method", "mean", "sd", "n", "q", "paper", "paper_note", "best"}
+    assert columns <= set(read.columns)

@@ -1,0 +1,43 @@
+"""GridReg: registration by displacements of a sparse grid of control points (Yan et al., Medical Physics 2026).
+
+In reading order:
+    grid            conventions, warp, transform_points
+    interpolation   from control points to a dense displacement field
+    network         the GridReg network
+    methods         every method, by name
+    losses, metrics, train, evaluate
+    learn2reg, volumes, resample, align, truth, preprocess, dataset    cohorts in, arrays out
+    results, stats, tables, figures                                    per-case results to tables and figures
+    subjects, phantom, brain, diffeo, scanner, cohort                  the simulated cohorts
+    params, schema                                                     params.yaml
+
+Names load when they are used, so that what needs no network does not wait for PyTorch.
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+# Read when PyTorch loads OpenMP: threads that wait must sleep. On two cores a spinning one holds up the core that it
+# waits for as soon as anything else runs, and a training step takes twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository: the notebooks work from there
+
+_HOMES = {
+    "GridReg": "network",
+    "Registration": "network",
+    "warp": "grid",
+    "transform_points": "grid",
+    "upsample": "interpolation",
+}
+_MODULES = ("losses", "metrics")
+__all__ = ["ROOT", *_HOMES, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"gridreg.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"gridreg.{name}")
+    raise AttributeError(f"module 'gridreg' has no attribute {name!r}")

@@ -41,7 +41,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["note"])
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected weights in safetensors") from error
 
 
@@ -65,7 +65,7 @@ def load_model(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be used ({error}); expected the configuration of a trained model") from error
     weights_file = Path(folder) / "model.safetensors"
-    weights, _ = read_tensors(weights_file)
+    weights, note = read_tensors(weights_file)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != wanted:
@@ -73,6 +73,12 @@ def load_model(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(
             f"{weights_file}: {odd} has shape {found.get(odd)}; expected {wanted.get(odd)}, as model.json describes it"
         )
+    for name in config["run"].keys() | note["run"].keys():
+        if config["run"].get(name) != note["run"].get(name):
+            raise InputError(
+                f"{weights_file}: trained with {name} {note['run'].get(name)!r}; "
+                f"expected {config['run'].get(name)!r}, as {file} says"
+            )
     network.load_state_dict(weights)
     return network.eval(), config
 

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from gridreg import metrics
+from gridreg.checkpoint import load_model
 from gridreg.dataset import Preprocessed
 from gridreg.grid import Shape, warp
-from gridreg.methods import grid_name
+from gridreg.methods import build, grid_name, grid_sizes
 from gridreg.network import Registration
+from gridreg.schema import UNTRAINED
 from gridreg.train import describe_device, to_tensor
 from gridreg.volumes import write_displacement, write_volume
 
@@ -25,6 +27,18 @@ from gridreg.volumes import write_displacement, write_volume
 def device() -> torch.device:
     """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one."""
     return torch.device(os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, Shape | None, dict[str, Any]]:
+    """A run of ``params.yaml`` ready to evaluate: network, its grid sizes, the chosen one, and how it was trained.
+
+    A method that is not trained (identity) has nothing in ``folder`` and no grid.
+    """
+    if run["method"] in UNTRAINED:
+        return build(run), [None], None, {}
+    network, config = load_model(folder)
+    chosen = tuple(config["grid"]) if config["grid"] else None
+    return network, grid_sizes(config["run"]), chosen, config["training"]
 
 
 @torch.inference_mode()

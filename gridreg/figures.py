@@ -143,6 +143,15 @@ def _p_value(rows: pd.DataFrame, metric: str) -> float:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
+def missing_figure(path: Path | str, sentence: str) -> Figure:
+    """A page that says why a figure is not there, so that nothing is left out in silence. Writes PNG and PDF."""
+    with styled():
+        figure = plt.figure(figsize=(6, 1.2))
+        figure.text(0.5, 0.5, sentence, ha="center", va="center")
+    save_figure(figure, path)
+    return figure
+
+
 def read_history(path: Path | str) -> pd.DataFrame:
     """``history.csv`` of a training run: at least columns step and loss, usually val_dice (empty between validations)."""
     path = Path(path)

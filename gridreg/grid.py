@@ -106,6 +106,8 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     check_volume(displacement, 3, "displacement")
     if moving.shape[0] != displacement.shape[0]:
         raise ValueError(f"moving holds {moving.shape[0]} volumes, displacement {displacement.shape[0]}")
+    if mode == "linear" and not moving.is_floating_point():
+        raise ValueError(f"moving holds {moving.dtype}, which linear interpolation would truncate; expected floats")
     shape, size = tuple(displacement.shape[2:]), moving.shape[2:]
     axes = _normalised_axes(shape, displacement.device)
     coordinates = torch.stack(
@@ -124,7 +126,7 @@ def transform_points(points: Tensor, displacement: Tensor) -> Tensor:
     check_volume(displacement, 3, "displacement")
     if points.dim() != 3 or points.shape[-1] != 3 or points.shape[0] != displacement.shape[0]:
         raise ValueError(f"points must have shape ({displacement.shape[0]}, N, 3), found {tuple(points.shape)}")
-    last = torch.tensor(displacement.shape[2:], device=points.device, dtype=points.dtype) - 1
+    last = torch.tensor([max(n - 1, 1) for n in displacement.shape[2:]], device=points.device, dtype=points.dtype)
     coordinates = (2 * points / last - 1).flip(-1)[:, :, None, None]
     moved = sample(displacement.to(points.dtype), coordinates)[..., 0, 0]
     return points + moved.transpose(1, 2)

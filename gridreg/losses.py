@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gridreg.grid import Shape, as_shape, check_volume
-from gridreg.upsample import apply_along_axes, basis
+from gridreg.interpolation import apply_along_axes, basis
 
 
 def mse(fixed: Tensor, warped: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def mse(fixed: Tensor, warped: Tensor) -> Tensor:
 
 def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
     """Values (B, C, gw, gh, gd) of ``volume`` (B, C, W, H, D) at the control points, for the grid-level similarity."""
-    matrices = [basis(g, n, "trilinear", volume.device) for g, n in zip(grid_size, volume.shape[2:])]
+    matrices = [basis(g, n, "trilinear", volume.device, volume.dtype) for g, n in zip(grid_size, volume.shape[2:])]
     return apply_along_axes(volume, matrices)
 
 
@@ -61,6 +61,8 @@ def _second_derivatives():
 
 
 def _to_normalised(displacement: Tensor, shape: Shape) -> Tensor:
+    if min(shape) < 3:
+        raise ValueError(f"a second derivative needs 3 voxels on every axis, found {shape}")
     scale = torch.tensor([2 / (n - 1) for n in shape], device=displacement.device, dtype=displacement.dtype)
     return displacement * scale.view(3, 1, 1, 1)
 
@@ -74,8 +76,6 @@ def bending_energy(displacement: Tensor) -> Tensor:
     """
     check_volume(displacement, 3, "displacement")
     shape = tuple(displacement.shape[2:])
-    if min(shape) < 3:
-        raise ValueError(f"a second derivative needs 3 voxels on every axis, found {shape}")
     t = _to_normalised(displacement, shape)
     energy = t.new_zeros(())
     for multiplicity, orders in _second_derivatives():
@@ -87,10 +87,11 @@ def bending_energy(displacement: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=128)
-def _gram(n: int, g: int, order: int, method: str, device: torch.device) -> Tensor:
+@torch.inference_mode(False)
+def _gram(n: int, g: int, order: int, method: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(g, g) mean over voxels of the products of two basis functions' derivatives along one axis."""
     derivative = _difference(n, order) @ basis(n, g, method, dtype=torch.float64)
-    return (derivative.T @ derivative / len(derivative)).to(device, torch.float32)
+    return (derivative.T @ derivative / len(derivative)).to(device, dtype)
 
 
 def grid_bending_energy(control_points: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
@@ -106,6 +107,6 @@ def grid_bending_energy(control_points: Tensor, shape: int | Shape, method: str 
     t = _to_normalised(control_points, shape)
     energy = t.new_zeros(())
     for multiplicity, orders in _second_derivatives():
-        grams = [_gram(n, g, o, method, t.device) for n, g, o in zip(shape, t.shape[2:], orders)]
+        grams = [_gram(n, g, o, method, t.device, t.dtype) for n, g, o in zip(shape, t.shape[2:], orders)]
         energy = energy + multiplicity * (t * apply_along_axes(t, grams)).sum() / t.shape[0]
     return energy

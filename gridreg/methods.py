@@ -1,4 +1,4 @@
-"""Every registration method under one name and one call: ``build(run, shape)(fixed, moving, grid_size)``.
+"""Every registration method under one name and one call: ``build(run)(fixed, moving, grid_size)``.
 
 Methods that have no control points accept ``grid_size`` and do not use it.
 """

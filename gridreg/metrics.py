@@ -82,7 +82,8 @@ def nondiffeomorphic_percent(displacement: np.ndarray, where: np.ndarray) -> flo
     Between voxels the field is read linearly, and a central difference can miss a fold there. Each cell of eight
     voxels is cut into six tetrahedra, in two mirror-image ways; on a tetrahedron the map is affine and its signed
     volume exact. The share is the volume that tetrahedra with negative orientation cover, averaged over both ways
-    (after Liu et al., "On finite difference Jacobian computation in deformable image registration", IJCV 2024).
+    (after Liu et al., "On finite difference Jacobian computation in deformable image registration", IJCV 2024). A
+    turned tetrahedron counts by its warped volume, so a field that turns everything over and doubles it gives 200.
     """
     corners = displacement + np.indices(displacement.shape[1:])
     w, h, d = corners.shape[1:]

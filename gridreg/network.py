@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridreg.grid import Shape, check_grid_size, check_volume
-from gridreg.upsample import METHODS, upsample
+from gridreg.interpolation import METHODS, upsample
 
 WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # encoder widths in base channels; they give the paper's parameter count
 STRIDED_LAYERS = 4  # later layers keep the resolution
 CHANNELS = 32  # C_p = C_pe = C_d: tokens, positional encodings and decoder features
 HEADS, HEAD_CHANNELS = 2, 32
 LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
+GLOBAL_TOKENS = 128  # a level of no more tokens is attended to whole: its windows would hold one or two of them
 WINDOW = 2.0  # edge of a local window, in control-point spacings
 MAX_WINDOW_TOKENS = 3  # along one edge of it
 
@@ -62,6 +63,7 @@ def encoding(coordinates: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve a training too
 def grid_encoding(grid_size: Shape, device: torch.device) -> Tensor:
     """(G, CHANNELS) encodings of the control points; cached per grid size (paper, section 3.1)."""
     axes = [torch.linspace(-1, 1, g, device=device) for g in grid_size]
@@ -74,6 +76,7 @@ def window_tokens(n: int, g: int) -> int:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def window_positions(g: int, m: int) -> Tensor:
     """(g·m,) positions in [0, 1] of the m tokens in each control point's window along one axis, float64."""
     offsets = ((torch.arange(m, dtype=torch.float64) + 0.5) / m - 0.5) * WINDOW
@@ -81,6 +84,7 @@ def window_positions(g: int, m: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def window_basis(n: int, g: int, m: int, device: torch.device) -> Tensor:
     """(g·m, n) weights that read n equidistant, corners-included values at the window positions of g control points.
 
@@ -136,9 +140,9 @@ class CrossAttention(nn.Module):
 class DecoderLevel(nn.Module):
     """One encoder level, skip-projected and attended to, refining the feature Y of every control point."""
 
-    def __init__(self, channels: int, coarsest: bool, local: bool):
+    def __init__(self, channels: int, coarsest: bool):
         super().__init__()
-        self.local = local
+        self.coarsest = coarsest
         self.project = nn.Conv3d(channels, CHANNELS, 1)
         self.attention = CrossAttention(CHANNELS if coarsest else 2 * CHANNELS)
         self.norm = nn.LayerNorm(CHANNELS)
@@ -151,7 +155,8 @@ class DecoderLevel(nn.Module):
         if carried is not None:
             carried = upsample(carried.transpose(1, 2).unflatten(2, grid_size), shape)
             tokens = torch.cat([tokens, carried], dim=1)
-        return to_windows(tokens, grid_size) if self.local else tokens.flatten(2).transpose(1, 2)[:, None]
+        local = not self.coarsest and tokens[0, 0].numel() > GLOBAL_TOKENS
+        return to_windows(tokens, grid_size) if local else tokens.flatten(2).transpose(1, 2)[:, None]
 
     def forward(self, queries: Tensor, features: Tensor, carried: Tensor | None, grid_size: Shape) -> Tensor:
         """carried and result: (B, G, CHANNELS)."""
@@ -191,12 +196,15 @@ class GridReg(nn.Module):
         )
         self.layers = (num_layers, *LOCAL_LAYERS) if projector else (num_layers,)
         self.decoder = nn.ModuleList(
-            DecoderLevel(widths[layer], layer == num_layers, layer != num_layers) for layer in self.layers
+            DecoderLevel(widths[layer], coarsest=layer == num_layers) for layer in self.layers
         )
         self.mean = nn.Linear(CHANNELS, 3)
         self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
         nn.init.normal_(self.mean.weight, std=1e-3)  # start near the identity, so that the first gradients mean something
         nn.init.zeros_(self.mean.bias)
+        if bayesian:  # and nearly certain: σ of about 1 % of the image
+            nn.init.normal_(self.log_variance.weight, std=1e-3)
+            nn.init.constant_(self.log_variance.bias, -8.0)
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: int | Shape = (10, 10, 10)) -> Registration:
         """fixed, moving (B, 1, W, H, D) in [0, 1] → Registration. ValueError on other shapes or an impossible grid."""
@@ -206,15 +214,18 @@ class GridReg(nn.Module):
             raise ValueError(f"fixed is {tuple(fixed.shape)}, moving {tuple(moving.shape)}; they must agree")
         shape = tuple(fixed.shape[2:])
         grid_size = check_grid_size(grid_size, shape)
+        if max(shape) <= 2**STRIDED_LAYERS:
+            raise ValueError(f"images must have more than {2**STRIDED_LAYERS} voxels on some axis, found {shape}")
         features, x = {}, torch.cat([fixed, moving], dim=1)
         for layer, encode in enumerate(self.encoder, start=1):
             features[layer] = x = encode(x)
         queries, y = grid_encoding(grid_size, x.device), None
         for layer, level in zip(self.layers, self.decoder):
             y = level(queries, features[layer], y, grid_size)
-        half = torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half-widths of the image
-        control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
-        sigma = None
-        if self.log_variance is not None:
-            sigma = ((self.log_variance(y).transpose(1, 2) / 2).exp() * half).unflatten(2, grid_size)
+        with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
+            y, half = y.float(), torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half-widths
+            control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
+            sigma = None
+            if self.log_variance is not None:
+                sigma = ((self.log_variance(y).transpose(1, 2) / 2).exp() * half).unflatten(2, grid_size)
         return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)

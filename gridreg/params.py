@@ -8,7 +8,7 @@ DVC cannot nest interpolation, so a profile is resolved into the flat `params.ya
 
 Devices, nodes and precision never stand in `params.yaml` (another machine would invalidate every stage): they are
 the environment variables GRIDREG_ACCELERATOR, GRIDREG_DEVICES, GRIDREG_NODES and GRIDREG_PRECISION.
-Which names and values are allowed is in `gridreg/schema.py`.
+Which names and values are allowed is in `gridreg/schema.py`, which datasets are in use in `gridreg/in_use.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from gridreg.errors import InputError
+from gridreg.in_use import set_aside, set_list, skip_missing
 from gridreg.schema import DATASET, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings, validate
 
-__all__ = ["load", "validate", "train_settings", "switch_profile", "skip_missing", "update"]
+__all__ = ["load", "validate", "train_settings", "switch_profile", "update"]
 
 ABSENT = object()
 
@@ -76,7 +77,7 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
 
     fill(params["use"], USE)
     fill(params["train"], TRAIN)
-    for name, values in params["datasets"].items():
+    for name, values in {**params["datasets"], **params.get("unused", {})}.items():
         fill(values, DATASET)
         values["title"] = values["title"] or name
     for values in params["runs"].values():
@@ -113,19 +114,15 @@ def get(values: Any, at: tuple[str, ...]) -> Any:
     return values
 
 
-def taken_out(params: dict, at: tuple[str, ...]) -> bool:
-    """Whether the user deleted the whole dataset or run that this value belongs to; it then stays deleted."""
-    return at[0] in ("datasets", "runs") and get(params, at[:2]) is ABSENT
+def place(params: dict, at: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Where a value of a profile stands in `params`: a dataset's may wait under `unused`.
 
-
-def set_list(owner: dict, name: str, items: list) -> None:
-    """Replace a list in place, so that its comment and its [style] survive."""
-    current = owner.get(name)
-    if not isinstance(current, CommentedSeq):
-        owner[name] = current = CommentedSeq()
-    if not current:
-        current.fa.set_flow_style()
-    current[:] = items
+    None if the user deleted the whole dataset or run that it belongs to; it then stays deleted.
+    """
+    sections = {"datasets": ("datasets", "unused"), "runs": ("runs",)}.get(at[0])
+    if sections is None:
+        return at
+    return next(((section, *at[1:]) for section in sections if get(params, (section, *at[1:2])) is not ABSENT), None)
 
 
 def switch_profile(params: Any, new: dict, old: dict, profile: str) -> bool:
@@ -135,57 +132,20 @@ def switch_profile(params: Any, new: dict, old: dict, profile: str) -> bool:
     """
     edited = False
     for at, value in leaves(new):
-        if taken_out(params, at):
+        target = place(params, at)
+        if target is None:
             continue
-        current, stock = get(params, at), get(old, at)
+        current, stock = get(params, target), get(old, at)
         edited |= current != (value if stock is ABSENT else stock)
         owner = params
-        for name in at[:-1]:
+        for name in target[:-1]:
             if not isinstance(owner.get(name), dict):
                 owner[name] = {}
             owner = owner[name]
         if current is ABSENT or current != value:
-            set_list(owner, at[-1], value) if isinstance(value, list) else owner.__setitem__(at[-1], value)
+            set_list(owner, target[-1], value) if isinstance(value, list) else owner.__setitem__(target[-1], value)
     params["profile"] = profile
     return edited
-
-
-# ---- Datasets that are not there ----------------------------------------------------------------------------------
-
-
-def skip_missing(params: Any, path: str | Path) -> list[str]:
-    """Move datasets between `use.datasets` and `use.skipped`, in place, by whether their path exists.
-
-    A path under data/ counts as there: DVC pulls it. Returns one line for each dataset that is skipped or back.
-    """
-    root, use = Path(path).parent, params["use"]
-    order = list(params["datasets"])
-    used, skipped, lines = list(use["datasets"]), list(use.get("skipped", [])), []
-
-    def there(name: str) -> bool:
-        folder = os.path.join(root, params["datasets"][name]["path"])
-        return os.path.relpath(folder, root).split(os.sep)[0] == "data" or os.path.exists(folder)
-
-    for name in list(skipped):
-        if there(name):
-            skipped.remove(name)
-            later = [i for i, other in enumerate(used) if order.index(other) > order.index(name)]
-            used.insert(later[0] if later else len(used), name)
-            lines.append(f"dataset {name}: back in use, {params['datasets'][name]['path']} found")
-    for name in list(used):
-        if not there(name):
-            used.remove(name)
-            skipped.append(name)
-    for name in skipped:
-        lines.append(f"dataset {name}: skipped, folder {params['datasets'][name]['path']} not found (named in {path})")
-    if not used:
-        raise InputError(f"{path}: no folder of any dataset in use was found "
-                         f"({', '.join(params['datasets'][n]['path'] for n in skipped)}); expected at least one "
-                         "(`make cohort PROFILE=paper` makes the simulated ones under cohorts/paper)")
-    for name, new in (("datasets", used), ("skipped", skipped)):
-        if list(use.get(name, [])) != new:
-            set_list(use, name, new)
-    return lines
 
 
 # ---- The file -----------------------------------------------------------------------------------------------------
@@ -216,33 +176,38 @@ def keep(path: Path, profile: str) -> Path:
 
 
 def update(path: str | Path = "params.yaml", profile: str | None = None, check: bool = True) -> list[str]:
-    """Switch `path` to `profile` if it is in another one, sort out missing datasets if `check`, validate, write.
+    """Switch `path` to `profile` if it is in another one, sort its datasets if `check`, validate, write.
 
     The file is written only when something changed, and not at all on an error. Returns lines for the user.
     """
     path, known, lines = Path(path), profile_names(path), []
     yaml = round_trip()
     params = read(path, yaml)
-    before = list(leaves(read(path, round_trip())))
-    edited = False
+    text = original = path.read_text(encoding="utf-8")
+    before, edited = deepcopy(list(leaves(params))), None
     if profile is not None:
         refuse_unknown(profile, known, "profile", "PROFILE")
     if profile is not None and profile != params.get("profile"):
         refuse_unknown(params.get("profile"), known, "profile", str(path))
-        new = read(profile_path(path, profile), round_trip())
-        edited = switch_profile(params, new, read(profile_path(path, params["profile"]), round_trip()), profile)
+        old, new = params["profile"], read(profile_path(path, profile), round_trip())
+        if switch_profile(params, new, read(profile_path(path, old), round_trip()), profile):
+            edited = old
         lines.append(f"{path}: now in profile {profile}")
     validate(params, path, known)
     if check:
         lines += skip_missing(params, path)
         validate(params, path, known)
-    if list(leaves(params)) != before:
-        if edited:
-            old = dict(before)[("profile",)]
-            lines.append(f"{path}: your edited {old} values are kept in {keep(path, old)}")
-        text = io.StringIO()
-        yaml.dump(params, text)
-        write(path, text.getvalue())
+    if list(leaves(params)) != before:  # else the text stays as it was written
+        stream = io.StringIO()
+        yaml.dump(params, stream)
+        text = stream.getvalue()
+    if check:
+        text, moved = set_aside(text, params, path, round_trip())
+        lines += moved
+    if text != original:
+        if edited is not None:
+            lines.append(f"{path}: your edited {edited} values are kept in {keep(path, edited)}")
+        write(path, text)
     return lines
 
 

@@ -134,8 +134,8 @@ def _read_one(path: Path) -> pd.DataFrame:
 def read_costs(paths: Iterable[Path | str]) -> pd.DataFrame:
     """Parameters and device of every run from ``.../<dataset>/<run>/metrics.json``.
 
-    Returns columns dataset, run, parameters (NaN where the file has none) and device (a torch device type with an
-    optional description, e.g. ``cpu`` or ``cuda (NVIDIA H200)``).
+    Returns columns dataset, run, parameters (NaN where the file has none), device (a torch device type with an
+    optional description, e.g. ``cpu`` or ``cuda (NVIDIA H200)``), steps and batch (None for what is not trained).
     """
     rows = []
     for path in map(Path, paths):
@@ -152,18 +152,20 @@ def read_costs(paths: Iterable[Path | str]) -> pd.DataFrame:
                 "run": path.parent.name,
                 "parameters": float("nan") if parameters in (None, "") else float(parameters),
                 "device": str(record.get("device") or "cpu"),
+                "steps": record.get("steps"),
+                "batch": record.get("batch"),
             }
         )
-    return pd.DataFrame(rows, columns=["dataset", "run", "parameters", "device"])
+    return pd.DataFrame(rows, columns=["dataset", "run", "parameters", "device", "steps", "batch"])
 
 
-def read_results(folder: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(cases, costs) of every ``<folder>/<dataset>/<run>/``."""
-    folder = Path(folder)
-    found = sorted(folder.glob("*/*/cases.csv"))
-    if not found:
-        raise InputError(f"{folder}: no <dataset>/<run>/cases.csv in it, expected the results of an evaluation")
-    return read_cases(found), read_costs(path.with_name("metrics.json") for path in found)
+def read_results(
+    folder: Path | str, datasets: Iterable[str], runs: Iterable[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(cases, costs) of ``<folder>/<dataset>/<run>/`` for every dataset and run that is in use."""
+    runs = list(runs)
+    files = [Path(folder) / dataset / run / "cases.csv" for dataset in datasets for run in runs]
+    return read_cases(files), read_costs(file.with_name("metrics.json") for file in files)
 
 
 def chosen_rows(cases: pd.DataFrame) -> pd.DataFrame:

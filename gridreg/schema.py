@@ -46,11 +46,13 @@ def each(rule: Rule, expected: str, lengths: Iterable[int] = range(1, 1000)) -> 
     return Rule(expected, lambda v: isinstance(v, list) and len(v) in lengths and all(map(rule.holds, v)))
 
 
+def or_null(rule: Rule) -> Rule:
+    return Rule(rule.expected + ", or null", lambda v: v is None or rule.holds(v))
+
+
 def default(rule: Rule, value: Any) -> Rule:
     """May be left out, then it is `value`; where that is null, null may also be written."""
-    if value is not None:
-        return rule._replace(default=value)
-    return Rule(rule.expected + ", or null", lambda v: v is None or rule.holds(v), None)
+    return (or_null(rule) if value is None else rule)._replace(default=value)
 
 
 LETTERS = re.compile(r"[A-Za-z0-9_-]+")  # what DVC allows in the name of a stage
@@ -63,19 +65,25 @@ SHAPES = each(SHAPE, "a list of sizes, each three whole numbers of at least 2")
 LABELS = each(whole(1), "a list of label numbers of at least 1")
 
 # ---- The schema: every name that may stand in params.yaml. A new parameter is a new line here. --------------------
-TOP = {"profile": NAME, "seed": whole(0)}                         # beside the sections use, datasets, runs, train
-USE = {"datasets": NAMES, "skipped": default(NAMES, []), "trained": NAMES, "untrained": NAMES}
-DATASET = {
+TOP = {"profile": NAME, "seed": whole(0)}                         # beside the sections use, datasets, train, …
+USE = {
+    "datasets": NAMES,
+    "skipped": default(NAMES, []),                                # these two are written by gridreg/in_use.py
+    "order": default(NAMES, []),
+    "trained": NAMES,
+    "untrained": NAMES,
+}
+DATASET = {                                                       # no defaults: DVC asks for each of these by name
     "title": default(TEXT, None),                                 # null: the dataset's name
     "path": TEXT,                                                 # a folder in Learn2Reg layout
     "shape": SHAPE,                                               # voxels after preprocessing
     "spacing_mm": number(0, above=True),                          # isotropic, after preprocessing
-    "affine_reference": default(TEXT, None),                      # mni152 or an image file; null: none
-    "labels": default(LABELS, None),                              # null: every label of dataset.json
-    "dice_weight": default(number(0), 1.0),
-    "bending_weight": default(number(0), 200000.0),               # the paper's best, Figure 8(1)
-    "max_subjects": default(whole(2), None),                      # null: all
-    "max_pairs": default(whole(1), None),                         # null: all
+    "affine_reference": or_null(TEXT),                            # mni152 or an image file; null: none
+    "labels": or_null(LABELS),                                    # null: every label of dataset.json
+    "dice_weight": number(0),
+    "bending_weight": number(0),
+    "max_subjects": or_null(whole(2)),                            # null: all
+    "max_pairs": or_null(whole(1)),                               # null: all
 }
 TRAIN = {
     "steps": default(whole(1), None),                             # exactly one of steps and epochs is a number
@@ -131,10 +139,12 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
 
     `source` is the file named in the sentence; `profiles` are the known profiles (none: any name will do).
     """
-    sections = {"use": USE, "datasets": None, "runs": None, "train": TRAIN}
+    sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN}
     check_section(params, TOP, str(source), others=sections)
     for section, rules in sections.items():
         where = f"{source}: {section}"
+        if section == "unused" and section not in params:
+            continue
         if section not in params:
             raise InputError(f"{where} is missing; expected this section")
         if rules is not None:
@@ -146,8 +156,12 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
                 raise InputError(f"{where}: {name!r} is no usable name; expected {NAME.expected}")
     if profiles:
         refuse_unknown(params["profile"], profiles, "profile", str(source))
-    for name, values in params["datasets"].items():
-        check_section(values, DATASET, f"{source}: datasets.{name}")
+    for section in ("datasets", "unused"):
+        for name, values in params.get(section, {}).items():
+            check_section(values, DATASET, f"{source}: {section}.{name}")
+            if section == "unused" and name in params["datasets"]:
+                raise InputError(f"{source}: the dataset {name!r} stands under datasets and under unused; "
+                                 "expected it once")
     for name, values in params["runs"].items():
         where = f"{source}: runs.{name}"
         if not isinstance(values, dict) or "method" not in values:
@@ -165,10 +179,11 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
 def check_use(params: dict, source: str | Path) -> None:
     """Every name under `use` exists, once, in the right list, and its grids fit into the images."""
     use = params["use"]
+    blocks = {"datasets": {**params["datasets"], **params.get("unused", {})}, "runs": params["runs"]}
     for lists, section in ((("datasets", "skipped"), "datasets"), (("trained", "untrained"), "runs")):
         seen: list[str] = []
         for name in (name for key in lists for name in use.get(key, [])):
-            refuse_unknown(name, params[section], section[:-1], f"{source}: use")
+            refuse_unknown(name, blocks[section], section[:-1], f"{source}: use")
             if name in seen:
                 raise InputError(f"{source}: use names the {section[:-1]} {name!r} twice; expected it once")
             seen.append(name)
@@ -183,7 +198,7 @@ def check_use(params: dict, source: str | Path) -> None:
                                  f"expected it in use.{other}")
             for grid in params["runs"][name].get("grids", []):
                 for dataset in use["datasets"]:
-                    shape = params["datasets"][dataset]["shape"]
+                    shape = blocks["datasets"][dataset]["shape"]
                     if any(g > n for g, n in zip(grid, shape)):
                         raise InputError(f"{source}: runs.{name} has the grid {grid}; expected at most {shape}, "
                                          f"the shape of {dataset}")

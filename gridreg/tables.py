@@ -33,6 +33,16 @@ class Setting:
     voxelmorph: str  # its width, in words, e.g. "the official default width, 16-32-32-32"
 
 
+def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
+    """The setting of results made with ``params`` (of params.yaml), its budgets as ``read_costs`` found them."""
+    budgets: dict[str, dict[str, tuple[int, int]]] = {}
+    for row in costs.dropna(subset=["steps"]).itertuples():
+        budgets.setdefault(row.dataset, {})[row.run] = (int(row.steps), int(row.batch))
+    widths = sorted({run["width"] for run in params["runs"].values() if run["method"] == "voxelmorph"})
+    words = [f"{w} features a level" + (" (the package's own)" if w == 16 else " (reduced; its own is 16)") for w in widths]
+    return Setting(params["profile"], budgets, "official package, " + ", ".join(words) if words else "not run")
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of the paper: ``rows`` is tidy (COLUMNS); ``title`` and ``notes`` are plain sentences."""

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from gridreg import losses, metrics
 from gridreg.checkpoint import fingerprint, load_model, read_tensors, save_model, write_tensors, write_text
@@ -29,13 +28,16 @@ from gridreg.grid import Shape, warp
 from gridreg.methods import build, grid_name, grid_sizes, parameter_count
 from gridreg.network import Registration
 
-CODE = ["grid", "upsample", "network", "methods", "losses", "metrics", "dataset", "checkpoint", "train"]
+CODE = ["grid", "interpolation", "network", "methods", "losses", "metrics", "dataset", "checkpoint", "train"]
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; then it falls along a cosine
+RECORD_EVERY = 10  # steps between two rows of history.csv
 LABELS_PER_STEP = 16  # structures in one step's Dice loss, so that a hundred labels fit into memory
 
 
-def launch() -> Fabric:
-    """Fabric set up from the environment: accelerator, devices, nodes, precision; by default what is there."""
+def launch():
+    """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision."""
+    from lightning_fabric import Fabric  # here, not above: it takes as long to import as PyTorch itself
+
     accelerator = os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     fabric = Fabric(
         accelerator=accelerator,
@@ -81,7 +83,13 @@ def loss_terms(
     fixed = to_tensor([data.image(f) for f, _ in pairs], device)
     moving = to_tensor([data.image(m) for _, m in pairs], device)
     registration: Registration = network(fixed, moving, grid)
-    warped = warp(moving, registration.displacement)
+    volumes = [moving]
+    if dice:
+        fixed_masks, moving_masks = (one_hot([data.labels(p[side]) for p in pairs], values, device) for side in (0, 1))
+        volumes.append(moving_masks)
+    warped, *warped_masks = warp(torch.cat(volumes, dim=1), registration.displacement).split_with_sizes(
+        [volume.shape[1] for volume in volumes], dim=1
+    )  # image and masks in one pass
     terms = {"similarity": losses.mse(fixed, warped)}
     if grid is None:
         terms["bending"] = losses.bending_energy(registration.displacement)
@@ -90,8 +98,7 @@ def loss_terms(
         terms["similarity"] = terms["similarity"] + losses.mse(*at_grid)
         terms["bending"] = losses.grid_bending_energy(registration.control_points, data.shape, network.upsampling)
     if dice:
-        masks = [one_hot([data.labels(pair[side]) for pair in pairs], values, device) for side in (0, 1)]
-        terms["dice_loss"] = losses.dice(masks[0], warp(masks[1], registration.displacement))
+        terms["dice_loss"] = losses.dice(fixed_masks, warped_masks[0])
     return terms
 
 
@@ -127,11 +134,12 @@ class State:
 
     def __init__(self, network: nn.Module, optimiser: torch.optim.Adam, folder: Path):
         self.network, self.optimiser, self.file = network, optimiser, folder / "state.safetensors"
-        self.step, self.history, self.best_score, self.best = 0, [], -math.inf, {}
+        self.step, self.history = 0, []
+        self.best_score, self.best_step, self.best = -math.inf, 0, {}
 
-    def keep_best(self, score: float) -> None:
+    def keep_best(self, score: float, step: int) -> None:
         if score > self.best_score:
-            self.best_score = score
+            self.best_score, self.best_step = score, step
             self.best = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
 
     def save(self) -> None:
@@ -139,7 +147,8 @@ class State:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
-        write_tensors(self.file, tensors, {"step": self.step, "history": self.history, "best": self.best_score})
+        note = {name: getattr(self, name) for name in ("step", "history", "best_score", "best_step")}
+        write_tensors(self.file, tensors, note)
 
     def resume(self) -> None:
         if not self.file.is_file():
@@ -149,7 +158,9 @@ class State:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-        self.step, self.history, self.best_score, self.best = note["step"], note["history"], note["best"], part("best.")
+        for name, value in note.items():
+            setattr(self, name, value)
+        self.best = part("best.")
         self.network.load_state_dict(part("model."))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in part("adam.").items():
@@ -209,15 +220,16 @@ def train(
         optimiser.step()
         step_seconds.append(time.perf_counter() - began)
         progress.update()
-        last = step + 1 == steps
-        if (step + 1) % settings["validate_every"] == 0 or last:
-            scores = validate(network, data, grids, fabric.device)
-            score = float(np.mean(list(scores.values())))
-            row = {name: float(term) for name, term in terms.items()}
-            state.history.append({"step": step + 1, "loss": float(loss), **row, "val_dice": score})
-            progress.set_postfix(loss=f"{float(loss):.4f}", val_dice=f"{score:.3f}")
+        due = (step + 1) % settings["validate_every"] == 0 or step + 1 == steps
+        if due or (step + 1) % RECORD_EVERY == 0:
+            row = {"step": step + 1, "loss": loss.item()} | {name: term.item() for name, term in terms.items()}
+            state.history.append(row | {"learning_rate": optimiser.param_groups[0]["lr"]})
+        if due:
+            score = float(np.mean(list(validate(network, data, grids, fabric.device).values())))
+            state.history[-1]["val_dice"] = score
+            progress.set_postfix(loss=f"{loss.item():.4f}", val_dice=f"{score:.3f}")
             state.step = step + 1
-            state.keep_best(score)
+            state.keep_best(score, step + 1)
             if fabric.is_global_zero:
                 state.save()
             fabric.barrier()
@@ -228,11 +240,10 @@ def train(
     network.load_state_dict(state.best)
     scores = validate(network, data, grids, fabric.device)
     best_grid = max(grids, key=lambda grid: scores[grid_name(grid)])
-    best_step = max(state.history, key=lambda row: row["val_dice"])["step"]
     result = {
         "val_dice": scores[grid_name(best_grid)],
         "grid": grid_name(best_grid),
-        "best_step": best_step,
+        "best_step": state.best_step,
         "steps": steps,
         "batch": settings["batch"] * fabric.world_size,
         "parameters": parameter_count(network),

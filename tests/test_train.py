@@ -1,0 +1,173 @@
+"""Training: it learns, it resumes after a kill with the same weights, and only its own settings change the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import ndimage
+
+from gridreg import train as training
+from gridreg.checkpoint import load_model, read_tensors
+from gridreg.dataset import Preprocessed
+from gridreg.evaluate import evaluate, load_run, summary
+from gridreg.volumes import write_field_mm, write_volume
+
+ROOT = Path(__file__).parents[1]
+SHAPE, SPACING = (20, 24, 18), 4.0
+RUN = {"method": "gridreg", "grids": [[3, 3, 3], [4, 5, 3]], "base_channels": 8, "num_layers": 4, "bayesian": False,
+       "upsampling": "trilinear", "projector": True}  # fmt: skip
+SETTINGS = {"steps": 12, "epochs": None, "batch": 2, "learning_rate": 2e-3, "validate_every": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A preprocessed dataset of shifted blobs, with true deformations: a shift of the template for each subject."""
+    folder, rng = tmp_path_factory.mktemp("preprocessed"), np.random.default_rng(0)
+    affine = np.diag([SPACING] * 3 + [1.0])
+    texture = np.zeros((40, 40, 40))
+    texture[14:25, 13:28, 13:22], texture[18:26, 16:22, 15:20] = 0.6, 1.0  # a box with a brighter one to one side
+    texture = ndimage.gaussian_filter(texture, 2.0)
+    coordinates = np.indices(SHAPE).astype(float)
+    subjects, splits = {}, ["train"] * 16 + ["val"] * 2 + ["test"] * 6
+    for number, split in enumerate(splits):
+        name, shift = f"blob_{number:04d}_0000", rng.uniform(-1.5, 1.5, 3)
+        where = coordinates + shift[:, None, None, None] + 9
+        image = ndimage.map_coordinates(texture, where, order=1)
+        labels = (ndimage.map_coordinates(texture, where, order=1) > 0.3).astype(np.int16)
+        for kind in ("images", "labels", "truth"):
+            (folder / kind).mkdir(exist_ok=True)
+        write_volume(folder / "images" / f"{name}.nii.gz", image.astype(np.float32), affine)
+        write_volume(folder / "labels" / f"{name}.nii.gz", labels, affine)
+        field = np.broadcast_to(shift[:, None, None, None] * SPACING, (3, *SHAPE)).astype(np.float32)
+        write_field_mm(folder / "truth" / f"{name}.nii.gz", field, affine)
+        subjects[name] = {"split": split, "patient": name[:9], "label": True, "landmarks": False, "truth": True,
+                          "template": "blob"}  # fmt: skip
+    names = list(subjects)
+    pairs = {"train": [[a, b] for a in names[:16] for b in names[:16] if a != b], "val": [[names[16], names[17]]],
+             "test": [[a, b] for a, b in zip(names[18:], names[19:])]}  # fmt: skip
+    index = {"name": "blobs", "simulated": True, "shape": SHAPE, "spacing_mm": SPACING, "labels": {"1": "blob"},
+             "subjects": subjects, "pairs": pairs, "source": "a test"}  # fmt: skip
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def run_training(folder: Path, out: Path, scratch: Path, run=RUN, settings=SETTINGS, **weights):
+    weights = {"seed": 3, "bending_weight": 100.0, "dice_weight": 0.1} | weights
+    return training.train(Preprocessed(folder), run, settings, out, scratch=scratch, **weights)
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(out / "model.safetensors")[0]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_every_method_is_evaluated_by_one_path(folder, tmp_path):
+    settings = SETTINGS | {"steps": 120, "validate_every": 40, "learning_rate": 1e-2, "batch": 4}
+    result = run_training(folder, tmp_path / "model", tmp_path / "scratch", settings=settings)
+    data = Preprocessed(folder)
+    network, grids, chosen, trained = load_run(RUN, tmp_path / "model")
+    cases = evaluate(data, network, dataset="blobs", run="gridreg", method="gridreg", grids=grids, chosen=chosen)
+    nothing, *_ = load_run({"method": "identity"}, tmp_path)
+    before = evaluate(data, nothing, dataset="blobs", run="identity", method="identity", grids=[None], chosen=None)
+    after = cases[cases["chosen"]]
+    assert len(cases) == 2 * len(before) and before["chosen"].all()
+    assert after["tre_mm"].mean() < 0.75 * before["tre_mm"].mean()
+    assert after["dice"].mean() > before["dice"].mean()
+    assert (after["folding_percent"] == 0).all()
+    means = summary(cases, trained, result["parameters"])
+    assert means["tre_mm"] == pytest.approx(after["tre_mm"].mean(), abs=1e-5)
+    assert (before["tre_mm"] > 0).all() and result["grid"] in {"3x3x3", "4x5x3"}
+    history = pd.read_csv(tmp_path / "model" / "history.csv")
+    assert history["val_dice"].notna().sum() == 3 and history["step"].iloc[-1] == 120
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+KILLED = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_train as t
+from gridreg import train as training
+save = training.State.save
+def save_then_hang(self):
+    save(self)
+    print("saved", self.step, flush=True)
+    if self.step == 8:
+        import time; time.sleep(60)
+training.State.save = save_then_hang
+t.run_training(Path({folder!r}), Path({out!r}), Path({scratch!r}))
+"""
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_weights(folder, tmp_path):
+    run_training(folder, tmp_path / "whole", tmp_path / "scratch")
+    script = KILLED.format(tests=str(ROOT / "tests"), folder=str(folder), out=str(tmp_path / "killed"),
+                           scratch=str(tmp_path / "scratch"))  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if line.split() == ["saved", "8"]:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    began = time.perf_counter()
+    run_training(folder, tmp_path / "killed", tmp_path / "scratch")
+    assert time.perf_counter() - began < 60
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+    histories = [pd.read_csv(tmp_path / name / "history.csv") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*histories)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder, tmp_path):
+    settings = SETTINGS | {"steps": 4}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run_training(folder, tmp_path / name, tmp_path / "scratch", settings=settings, seed=seed)
+    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
+
+
+def test_a_changed_setting_does_not_resume_an_unfinished_training(folder, tmp_path, monkeypatch):
+    def stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    save = training.State.save
+    monkeypatch.setattr(training.State, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(folder, tmp_path / "out", tmp_path / "scratch")
+    monkeypatch.setattr(training.State, "save", save)
+    run_training(folder, tmp_path / "fresh", tmp_path / "elsewhere", bending_weight=7.0)
+    run_training(folder, tmp_path / "out", tmp_path / "scratch", bending_weight=7.0)
+    assert same(weights_of(tmp_path / "fresh"), weights_of(tmp_path / "out"))
+
+
+def test_voxelmorph_takes_the_same_path(folder, tmp_path):
+    run = {"method": "voxelmorph", "width": 4}
+    result = run_training(folder, tmp_path / "vxm", tmp_path / "scratch", run=run, settings=SETTINGS | {"steps": 2})
+    network, config = load_model(tmp_path / "vxm")
+    assert config["grid"] is None and result["grid"] == ""
+
+
+def test_epochs_count_passes_over_the_pairs_or_over_the_subjects():
+    settings = SETTINGS | {"steps": None, "epochs": 300, "batch": 4}
+    assert training.total_steps(settings, pairs=156, subjects=162) == 300 * 39
+    assert training.total_steps(settings, pairs=3000 * 2999, subjects=3000) == 300 * 750
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [training.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] < rates[9] and max(rates) <= 1.0 and np.argmax(rates) in range(8, 12) and rates[-1] < 0.01

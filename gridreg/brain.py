@@ -106,7 +106,8 @@ def _hindbrain(tissue: np.ndarray, x, y, z) -> np.ndarray:
 def _brain_stem(side, y, z) -> np.ndarray:
     """Midbrain, pons and medulla: ellipses across an axis that leans backwards on its way down from z = -8."""
     levels = [-70, -50, -44, -22, -16, -8]
-    lateral, depth = np.interp(z, levels, [10.5, 13, 20.5, 21.5, 17.5, 17.5]), np.interp(z, levels, [10, 11, 16, 17.5, 16, 16])
+    lateral = np.interp(z, levels, [10.5, 13, 20.5, 21.5, 17.5, 17.5])
+    depth = np.interp(z, levels, [10, 11, 16, 17.5, 16, 16])
     axis = -22.0 + 0.36 * (z + 8.0)
     return (z < -8) & ((side / lateral) ** 2 + ((y - axis) / depth) ** 2 < 1)
 

@@ -92,9 +92,9 @@ def sample(
 ) -> list[np.ndarray]:
     """Average template volumes over each voxel of ``target``, pulled back through the deformation.
 
-    volumes: (volume (W, H, D), order) on the grid of ``affine``, axes along RAS; order 1 gives the mean, float32, order 0
-    the majority label, uint8. Every voxel is sampled on a regular sub-grid no coarser than the template's own, one slab at a
-    time to bound memory. Returns arrays of ``target.shape``.
+    volumes: (volume (W, H, D), order) on the grid of ``affine``, axes along RAS; order 1 gives the mean, float32,
+    order 0 the majority label, uint8. Every voxel is sampled on a regular sub-grid no coarser than the template's own,
+    one slab at a time to bound memory. Returns arrays of ``target.shape``.
     """
     fine = np.diag(affine)[:3]
     stored = [int(np.abs(target.affine[a, :3]).argmax()) for a in range(3)]  # the stored axis along each world axis

@@ -31,7 +31,7 @@ class Plan:
     field_of_view: tuple[float, float, float]
     lattice: float  # node spacing of the stored deformation
     template: float  # voxel size of the template
-    visits: Mapping[str, Mapping[int, int]] = field(default_factory=dict, hash=False)  # prostate: split → {visits: patients}
+    visits: Mapping[str, Mapping[int, int]] = field(default_factory=dict, hash=False)  # split → {visits: patients}
     both_ways: bool = False  # validation and test pairs in both directions
     rounds: int = 2  # pelvis: shufflings of the held-out subjects into pairs
     seed: int = SEED

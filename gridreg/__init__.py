@@ -31,7 +31,7 @@ _HOMES = {
     "transform_points": "grid",
     "upsample": "interpolation",
 }
-_MODULES = ("losses", "metrics")
+_MODULES = ("checkpoint", "losses", "metrics")
 __all__ = ["ROOT", *_HOMES, *_MODULES]
 
 

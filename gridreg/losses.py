@@ -21,6 +21,25 @@ def mse(fixed: Tensor, warped: Tensor) -> Tensor:
     return (fixed - warped).square().mean()
 
 
+@lru_cache(maxsize=4)
+def _local_ncc(window: int):
+    from monai.losses import LocalNormalizedCrossCorrelationLoss  # here, not above: MONAI takes seconds to import
+
+    return LocalNormalizedCrossCorrelationLoss(spatial_dims=3, kernel_size=window)
+
+
+def ncc(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
+    """Minus the squared local normalised cross-correlation of two (B, 1, W, H, D) images: a scalar in [-1, 0].
+
+    Over a cube of ``window`` voxels around every voxel. Blind to gain, bias and contrast that change slowly, which the
+    MSE is not.
+    """
+    return _local_ncc(window)(warped, fixed)
+
+
+SIMILARITIES = {"mse": mse, "ncc": ncc}
+
+
 def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
     """Values (B, C, gw, gh, gd) of ``volume`` (B, C, W, H, D) at the control points, for the grid-level similarity."""
     matrices = [basis(g, n, "trilinear", volume.device, volume.dtype) for g, n in zip(grid_size, volume.shape[2:])]

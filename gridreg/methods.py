@@ -27,31 +27,30 @@ class Identity(nn.Module):
 class VoxelMorph(nn.Module):
     """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
 
-    width  features at each of its five levels; 16 is the package's own. It predicts the displacement itself
-           (no integration of a velocity), the dense field the paper compares with: it reports folds for it.
+    width, levels  features at each level, and levels; the package's own are 16 and 5. It predicts the displacement
+                   itself (no integration of a velocity), the dense field the paper compares with: it reports folds.
 
-    Images are zero-padded to the multiple of 32 that its five levels need, and the field is cropped back.
+    Images are zero-padded to the multiple of 2^levels that it needs, and the field is cropped back.
     """
 
-    LEVELS = 5
-
-    def __init__(self, width: int = 16):
+    def __init__(self, width: int = 16, levels: int = 5):
         super().__init__()
         from voxelmorph.nn.models import VxmPairwise  # here, not above: importing it takes seconds
 
+        self.multiple = 2**levels
         self.network = VxmPairwise(
-            ndim=3, source_channels=1, target_channels=1, nb_features=[width] * self.LEVELS, integration_steps=0
+            ndim=3, source_channels=1, target_channels=1, nb_features=[width] * levels, integration_steps=0
         )
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
-        shape, multiple = fixed.shape[2:], 2**self.LEVELS
-        padding = [side for n in reversed(shape) for side in (0, -n % multiple)]
+        shape = fixed.shape[2:]
+        padding = [side for n in reversed(shape) for side in (0, -n % self.multiple)]
         flow = self.network(F.pad(moving, padding), F.pad(fixed, padding))
         return Registration(flow[:, :, : shape[0], : shape[1], : shape[2]].contiguous())
 
 
 def _voxelmorph(run: dict[str, Any]) -> nn.Module:
-    return VoxelMorph(run["width"])
+    return VoxelMorph(run["width"], run["levels"])
 
 
 def _gridreg(run: dict[str, Any]) -> nn.Module:

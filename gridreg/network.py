@@ -21,6 +21,7 @@ STRIDED_LAYERS = 4  # later layers keep the resolution
 CHANNELS = 32  # C_p = C_pe = C_d: tokens, positional encodings and decoder features
 HEADS, HEAD_CHANNELS = 2, 32
 LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
+REACH = 0.5  # unit of the heads' outputs, in image widths
 GLOBAL_TOKENS = 128  # a level of no more tokens is attended to whole: its windows would hold one or two of them
 WINDOW = 2.0  # edge of a local window, in control-point spacings
 MAX_WINDOW_TOKENS = 3  # along one edge of it
@@ -223,7 +224,7 @@ class GridReg(nn.Module):
         for layer, level in zip(self.layers, self.decoder):
             y = level(queries, features[layer], y, grid_size)
         with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
-            y, half = y.float(), torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half-widths
+            y, half = y.float(), torch.tensor(shape, device=y.device)[:, None] * REACH  # heads speak in this unit
             control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
             sigma = None
             if self.log_variance is not None:

@@ -80,6 +80,8 @@ DATASET = {                                                       # no defaults:
     "spacing_mm": number(0, above=True),                          # isotropic, after preprocessing
     "affine_reference": or_null(TEXT),                            # mni152 or an image file; null: none
     "labels": or_null(LABELS),                                    # null: every label of dataset.json
+    "budget": number(0, above=True),                              # times the steps or epochs of every run
+    "similarity": choice("mse", "ncc"),                           # the image-level loss of training
     "dice_weight": number(0),
     "bending_weight": number(0),
     "max_subjects": or_null(whole(2)),                            # null: all
@@ -94,7 +96,7 @@ TRAIN = {
 }
 METHODS = {                                                       # a trained run may give any name of TRAIN, too
     "identity": {},
-    "voxelmorph": {"width": default(whole(1), 16)},
+    "voxelmorph": {"width": default(whole(1), 16), "levels": default(whole(2), 5)},
     "gridreg": {
         "grids": SHAPES,                                          # control points; several: one drawn at every step
         "base_channels": default(whole(1), 16),
@@ -204,10 +206,18 @@ def check_use(params: dict, source: str | Path) -> None:
                                          f"the shape of {dataset}")
 
 
-def train_settings(params: dict, run: str) -> dict[str, Any]:
-    """The training values of a run: its own where given, else those of `train`; its steps or epochs replace both."""
+def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[str, Any]:
+    """The training values of a run: its own where given, else those of `train`; its steps or epochs replace both.
+
+    With a dataset, its `budget` multiplies them.
+    """
     own = {name: params["runs"][run].get(name) for name in TRAIN}
     shared = {name: params["train"].get(name) for name in TRAIN}
     if own["steps"] is not None or own["epochs"] is not None:
         shared["steps"] = shared["epochs"] = None
-    return {name: shared[name] if own[name] is None else own[name] for name in TRAIN}
+    settings = {name: shared[name] if own[name] is None else own[name] for name in TRAIN}
+    if dataset is not None:
+        for name in ("steps", "epochs"):
+            if settings[name] is not None:
+                settings[name] = max(1, round(settings[name] * params["datasets"][dataset]["budget"]))
+    return settings

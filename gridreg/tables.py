@@ -38,8 +38,11 @@ def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
     budgets: dict[str, dict[str, tuple[int, int]]] = {}
     for row in costs.dropna(subset=["steps"]).itertuples():
         budgets.setdefault(row.dataset, {})[row.run] = (int(row.steps), int(row.batch))
-    widths = sorted({run["width"] for run in params["runs"].values() if run["method"] == "voxelmorph"})
-    words = [f"{w} features a level" + (" (the package's own)" if w == 16 else " (reduced; its own is 16)") for w in widths]
+    sizes = sorted({(run["width"], run["levels"]) for run in params["runs"].values() if run["method"] == "voxelmorph"})
+    words = [
+        f"{w} features at {n} levels" + (" (the package's own)" if (w, n) == (16, 5) else " (its own: 16 at 5)")
+        for w, n in sizes
+    ]
     return Setting(params["profile"], budgets, "official package, " + ", ".join(words) if words else "not run")
 
 

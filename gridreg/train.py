@@ -77,9 +77,19 @@ def draw(data: Preprocessed, pairs: list, grids: list, batch: int, rng: np.rando
 
 
 def loss_terms(
-    network: nn.Module, data: Preprocessed, pairs: list, grid: Shape | None, values: list[int], dice: bool, device
+    network: nn.Module,
+    data: Preprocessed,
+    pairs: list,
+    grid: Shape | None,
+    values: list[int],
+    similarity: str,
+    dice: bool,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Similarity, Dice and bending losses of one batch (paper, section 3.3), each a scalar."""
+    """Similarity, Dice and bending losses of one batch (paper, section 3.3), each a scalar.
+
+    The grid-level similarity is always the MSE: control points have no neighbourhood to correlate over.
+    """
     fixed = to_tensor([data.image(f) for f, _ in pairs], device)
     moving = to_tensor([data.image(m) for _, m in pairs], device)
     registration: Registration = network(fixed, moving, grid)
@@ -90,7 +100,7 @@ def loss_terms(
     warped, *warped_masks = warp(torch.cat(volumes, dim=1), registration.displacement).split_with_sizes(
         [volume.shape[1] for volume in volumes], dim=1
     )  # image and masks in one pass
-    terms = {"similarity": losses.mse(fixed, warped)}
+    terms = {"similarity": losses.SIMILARITIES[similarity](fixed, warped)}
     if grid is None:
         terms["bending"] = losses.bending_energy(registration.displacement)
     else:
@@ -176,15 +186,17 @@ def train(
     out: Path | str,
     *,
     seed: int,
+    similarity: str,
     bending_weight: float,
     dice_weight: float,
     scratch: Path | str = ".scratch",
 ) -> dict[str, Any]:
     """Train one run on the training pairs of ``data`` and write it to ``out``; returns what metrics.json holds.
 
-    run       a run of params.yaml: method and its settings, as ``methods.build`` takes it
-    settings  steps or epochs, batch, learning_rate (peak), validate_every (steps)
-    out       gets model.safetensors, model.json, history.csv and metrics.json
+    run         a run of params.yaml: method and its settings, as ``methods.build`` takes it
+    settings    steps or epochs, batch, learning_rate (peak), validate_every (steps)
+    similarity  "mse" (the paper's) or "ncc"
+    out         gets model.safetensors, model.json, history.csv and metrics.json
 
     The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
     model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
@@ -195,7 +207,8 @@ def train(
     steps = total_steps(settings, len(pairs), len(data.subjects("train")))
     optimiser = torch.optim.Adam(network.parameters(), lr=settings["learning_rate"])
     code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    key = fingerprint(data.index, run, settings, seed, bending_weight, dice_weight, fabric.world_size, files=code)
+    weights = (similarity, bending_weight, dice_weight)
+    key = fingerprint(data.index, run, settings, seed, weights, fabric.world_size, files=code)
     folder = Path(scratch) / key
     folder.mkdir(parents=True, exist_ok=True)
     state = State(network, optimiser, folder)
@@ -213,7 +226,7 @@ def train(
             chosen, _, _ = draw(data, pairs, grids, settings["batch"], rng)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings["learning_rate"])
-        terms = loss_terms(wrapped, data, chosen, grid, values, dice_weight > 0, fabric.device)
+        terms = loss_terms(wrapped, data, chosen, grid, values, similarity, dice_weight > 0, fabric.device)
         loss = terms["similarity"] + bending_weight * terms["bending"] + dice_weight * terms.get("dice_loss", 0)
         optimiser.zero_grad()
         fabric.backward(loss)

@@ -10,6 +10,8 @@ BLOCK = """\
     spacing_mm: {spacing}
     affine_reference: null
     labels: null
+    budget: 1.0
+    similarity: mse
     dice_weight: 1.0
     bending_weight: 200000.0
     max_subjects: null

@@ -13,7 +13,7 @@ from gridreg.network import GridReg
 SHAPE = (32, 40, 26)
 GRIDREG = {"method": "gridreg", "base_channels": 16, "num_layers": 5, "bayesian": False}
 GRIDREG |= {"upsampling": "trilinear", "projector": True, "grids": [[5, 5, 5], [8, 9, 10]]}
-RUNS = {"identity": {"method": "identity"}, "voxelmorph": {"method": "voxelmorph", "width": 8}, "gridreg": GRIDREG}
+RUNS = {"identity": {"method": "identity"}, "voxelmorph": {"method": "voxelmorph", "width": 8, "levels": 5}, "gridreg": GRIDREG}
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_training(folder: Path, out: Path, scratch: Path, run=RUN, settings=SETTINGS, **weights):
-    weights = {"seed": 3, "bending_weight": 100.0, "dice_weight": 0.1} | weights
+    weights = {"seed": 3, "similarity": "mse", "bending_weight": 100.0, "dice_weight": 0.1} | weights
     return training.train(Preprocessed(folder), run, settings, out, scratch=scratch, **weights)
 
 
@@ -156,7 +156,7 @@ def test_a_changed_setting_does_not_resume_an_unfinished_training(folder, tmp_pa
 
 
 def test_voxelmorph_takes_the_same_path(folder, tmp_path):
-    run = {"method": "voxelmorph", "width": 4}
+    run = {"method": "voxelmorph", "width": 4, "levels": 3}
     result = run_training(folder, tmp_path / "vxm", tmp_path / "scratch", run=run, settings=SETTINGS | {"steps": 2})
     network, config = load_model(tmp_path / "vxm")
     assert config["grid"] is None and result["grid"] == ""

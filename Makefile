@@ -2,6 +2,7 @@
 #
 # PYTHON=…   the interpreter to build the environment with (default: python3.11, else a python3 that is new enough)
 # VENV=…     where the environment is (default: .venv)
+# JOBS=…     trainings side by side (default: 2; use 1 on a single GPU)
 
 VENV ?= .venv
 ifndef PYTHON
@@ -46,8 +47,22 @@ $(STAMP): requirements.txt
 # The data come with the clone, out of the DVC remote inside the repository.
 DATA = test -d data || "$(BIN)/dvc" pull --quiet data.dvc
 
+# JOBS trainings (then evaluations) run side by side, the cores shared between them: small networks gain more from that
+# than from many threads each. Whatever is left, and all in a second run, is `dvc repro` alone.
+JOBS ?= 2
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+define SIDE_BY_SIDE
+"$(BIN)/dvc" status --json \
+	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith("$(1)@")), sep="\n")' \
+	| OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
+	xargs -r -n 1 -P $(JOBS) "$(BIN)/dvc" repro --single-item
+endef
+
 repro: $(STAMP) ## Run everything that changed: data to tables and figures (PROFILE=smoke, demo or paper; none: params.yaml as it is)
 	"$(BIN)/python" -m gridreg.params $(if $(PROFILE),--profile "$(PROFILE)") --check
+	"$(BIN)/dvc" repro --pull preprocess
+	$(call SIDE_BY_SIDE,train)
+	$(call SIDE_BY_SIDE,evaluate)
 	"$(BIN)/dvc" repro --pull
 
 smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is removed afterwards (KEEP=1 keeps it)
@@ -66,8 +81,7 @@ smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is remove
 	git init --quiet; git add --all; \
 	git -c user.name=smoke -c user.email=smoke@localhost -c commit.gpgsign=false -c core.hooksPath=/dev/null \
 		commit --quiet --message 'copy for the smoke run'; \
-	"$(BIN)/python" -m gridreg.params --profile smoke --check; \
-	"$(BIN)/dvc" repro --pull; \
+	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)"; \
 	echo "tables and figures, after $$((SECONDS - started)) s:"; \
 	ls -l figures
 

@@ -18,9 +18,9 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-# Read when PyTorch loads OpenMP: threads that wait must sleep. On two cores a spinning one holds up the core that it
-# waits for as soon as anything else runs, and a training step takes twenty times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when PyTorch loads OpenMP: a thread that waits spins for some microseconds, then sleeps. By default it spins on,
+# and as soon as anything else wants the core, a training step takes twenty times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository: the notebooks work from there
 

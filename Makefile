@@ -47,13 +47,13 @@ $(STAMP): requirements.txt
 # The data come with the clone, out of the DVC remote inside the repository.
 DATA = test -d data || "$(BIN)/dvc" pull --quiet data.dvc
 
-# JOBS trainings (then evaluations) run side by side, the cores shared between them: small networks gain more from that
-# than from many threads each. Whatever is left, and all in a second run, is `dvc repro` alone.
+# JOBS trainings run side by side, the cores shared between them: small networks gain more from that than from many
+# threads each. The rest is `dvc repro` alone: evaluation measures time, so it has the machine to itself.
 JOBS ?= 2
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-define SIDE_BY_SIDE
+define TRAIN_SIDE_BY_SIDE
 "$(BIN)/dvc" status --json \
-	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith("$(1)@")), sep="\n")' \
+	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith("train@")), sep="\n")' \
 	| OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
 	xargs -r -n 1 -P $(JOBS) "$(BIN)/dvc" repro --single-item
 endef
@@ -61,8 +61,7 @@ endef
 repro: $(STAMP) ## Run everything that changed: data to tables and figures (PROFILE=smoke, demo or paper; none: params.yaml as it is)
 	"$(BIN)/python" -m gridreg.params $(if $(PROFILE),--profile "$(PROFILE)") --check
 	"$(BIN)/dvc" repro --pull preprocess
-	$(call SIDE_BY_SIDE,train)
-	$(call SIDE_BY_SIDE,evaluate)
+	$(TRAIN_SIDE_BY_SIDE)
 	"$(BIN)/dvc" repro --pull
 
 smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is removed afterwards (KEEP=1 keeps it)

@@ -176,7 +176,7 @@ def _notes(
             "Datasets marked (simulated) are simulated cohorts, not patients; the paper's values come from other, real "
             "cohorts and stand beside ours for orientation, not as a target."
         )
-    notes.append(f"Profile {setting.profile}. {_budgets(setting)} VoxelMorph: {setting.voxelmorph}.")
+    notes.append(f"Profile {setting.profile}. {budgets_in_words(setting)} VoxelMorph: {setting.voxelmorph}.")
     pairs = chosen_rows(cases)[["dataset", "fixed", "moving"]].drop_duplicates().groupby("dataset").size()
     counts = ", ".join(f"{name} {pairs[name]}" for name in in_order(pairs.index, PAPER_DATASETS))
     notes.append(
@@ -210,7 +210,7 @@ def _notes(
     return notes
 
 
-def _budgets(setting: Setting) -> str:
+def budgets_in_words(setting: Setting) -> str:
     """``Training budget: 600 steps × batch 4 for prostate, pelvis (every run); …``, equal budgets named together."""
     who: dict[tuple[int, int], dict[str, list[str]]] = {}  # budget → runs in words → datasets
     for dataset, budgets in setting.budgets.items():

@@ -103,7 +103,7 @@ METHODS = {                                                       # a trained ru
         "num_layers": default(whole(1, 9), 5),
         "upsampling": default(choice("trilinear", "bspline", "deconv"), "trilinear"),
         "projector": default(FLAG, True),
-        "bayesian": default(FLAG, False),
+        "bayesian": default(Rule("false; training does not have the uncertainty loss yet", lambda v: v is False), False),
     },
 }
 UNTRAINED = ("identity",)

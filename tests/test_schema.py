@@ -47,7 +47,7 @@ BAD = [
     ("grids: [[5, 5, 5]]", "grids: [5, 5, 5]", "grids is .*expected a list of sizes"),
     ("grids: [[5, 5, 5]]", "grids: [[5, 5, 99]]", r"the grid \[5, 5, 99\]; expected at most \[.*the shape of prostate"),
     ("upsampling: trilinear", "upsampling: cubic", "upsampling is 'cubic'; expected one of trilinear, bspline, deconv"),
-    ("bayesian: false", "bayesian: 0", "bayesian is 0; expected true or false"),
+    ("bayesian: false", "bayesian: 0", "bayesian is 0; expected false"),
     ("batch: 4", "batch: 0", "batch is 0; expected a whole number of at least 1"),
     ("epochs: null", "epochs: 3", "expected a number for exactly one of them"),
     ("\ntrain:", "\ntrian:", "unknown parameter 'trian'.*nearest: train"),
@@ -92,9 +92,9 @@ def test_load_fills_in_what_was_left_out(path):
     assert params["use"]["skipped"] == [] and params["runs"]["gridreg-8"]["base_channels"] == 16
 
 
-@pytest.mark.parametrize("name", ["affine_reference", "labels", "dice_weight", "bending_weight", "max_subjects", "max_pairs"])
+@pytest.mark.parametrize("name", ["affine_reference", "labels", "budget", "similarity", "dice_weight", "bending_weight", "max_subjects", "max_pairs"])
 def test_a_dataset_states_what_dvc_asks_for_by_name(path, name):
-    value = {"dice_weight": "1.0", "bending_weight": "200000.0"}.get(name, "null")
+    value = {"budget": "1.0", "similarity": "mse", "dice_weight": "1.0", "bending_weight": "200000.0"}.get(name, "null")
     edit(path, f"    {name}: {value}\n", "")
     with pytest.raises(InputError, match=f"datasets.prostate: {name} is missing; expected"):
         load(path)

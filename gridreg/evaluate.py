@@ -1,4 +1,4 @@
-"""One evaluation for every method: per-case results of the held-out test pairs (method 10)."""
+"""One evaluation for every method: per-case results of the held-out test pairs (paper, section 4.4)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The GridReg network: a displacement at control points only, by cross-attention from grid to image features.
 
-Encoder (method 1) → skip-projections (2) → decoder (3) → heads (5). Every weight is independent of the grid size:
-the grid enters through its coordinates alone, so one model serves every grid (4).
+Encoder → skip-projections → decoder → heads (paper, section 3.1). Every weight is independent of the grid size:
+the grid enters through its coordinates alone, so one model serves every grid.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class GridReg(nn.Module):
 
     base_channels  width C of the encoder (paper: 16; ablated 8, 32)
     num_layers     encoder layers L, 4 to 9 (paper: 5)
-    bayesian       predict a standard deviation per control point too (method 5)
-    upsampling     "trilinear", "bspline" or "deconv" (method 6)
+    bayesian       predict a standard deviation per control point too (paper, section 3.2)
+    upsampling     "trilinear", "bspline" or "deconv" (paper, section 3.2)
     projector      False feeds the coarsest level alone to the decoder (Table 3, config 5)
     """
 

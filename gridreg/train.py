@@ -1,4 +1,4 @@
-"""One training function for every learned method (method 7 and 9): Adam, the best step chosen on validation.
+"""One training function for every learned method (paper, sections 3.3 and 4.3): Adam, the best step chosen on validation.
 
 A training that was interrupted goes on where it stood and ends with the same weights: every step draws its pairs and
 its grid from (seed, step) alone, and the state is kept in a scratch folder named by a hash of data, settings and code.

@@ -41,7 +41,7 @@ def test_zero_field_is_the_identity(shape, mode):
 
 
 def test_zero_field_is_not_the_identity_in_the_released_code():
-    """Its grid runs linspace(-1, 1) but is sampled with align_corners=False (method 13): the fault is a visible one."""
+    """Its grid runs linspace(-1, 1) but is sampled with align_corners=False: the fault is a visible one."""
     moving = torch.rand(1, 1, *SHAPE)
     axes = [torch.linspace(-1, 1, n) for n in SHAPE]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)[None]

@@ -71,7 +71,7 @@ def test_deconv_is_a_normalised_transposed_convolution(g, stride):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_component_is_upsampled_alone(method):
-    """The released transposed convolution summed the three components (method 13)."""
+    """The released transposed convolution summed the three components."""
     control = random_grid()
     dense = upsample(control, SHAPE, method)
     for channel in range(3):
@@ -83,7 +83,7 @@ def test_each_component_is_upsampled_alone(method):
 
 
 def test_the_three_methods_differ():
-    """The released "bspl" and "tconv" runs ended in trilinear interpolation (method 13)."""
+    """The released "bspl" and "tconv" runs ended in trilinear interpolation."""
     fields = [upsample(random_grid(), SHAPE, method) for method in METHODS]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert (fields[first] - fields[second]).abs().mean() > 0.05

@@ -41,7 +41,7 @@ def pair(shape=SHAPE, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_parameter_count_is_the_papers():
     network = GridReg()
-    assert count(network.encoder) == 208_432  # method 1
+    assert count(network.encoder) == 208_432  # what the paper's 252 960 leave to it
     assert 240_000 <= count(network) <= 252_960 * 1.01
     assert count(network) <= 252_960  # design goal
     assert count(GridReg(projector=False)) < count(network) < count(GridReg(bayesian=True)) <= 252_960
@@ -49,7 +49,7 @@ def test_parameter_count_is_the_papers():
 
 @pytest.mark.parametrize("layers", range(4, 10))
 def test_widths_and_strides(layers):
-    """Four layers halve the resolution, later ones keep it; the widths are those of method 1."""
+    """Four layers halve the resolution, later ones keep it; the widths give the parameter count of the paper."""
     network = GridReg(num_layers=layers)
     x = torch.rand(1, 2, 33, 20, 24)
     for number, encode in enumerate(network.encoder, start=1):

@@ -48,7 +48,7 @@ def register(
     """Register one pair of (W, H, D) images in [0, 1].
 
     Returns the registration, the warped moving image (W, H, D), the seconds for network and warp with the images on
-    the device, and the peak memory in MB beyond nothing (NaN without a GPU).
+    the device, and the peak of GPU memory in MB, weights and images included (NaN without a GPU).
     """
     images = [to_tensor([image], where) for image in (fixed, moving)]
     on_gpu = where.type == "cuda"

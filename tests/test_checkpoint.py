@@ -65,7 +65,7 @@ def test_loading_does_not_unpickle(saved, monkeypatch):
         ({"num_layers": 5}, "has shape .*; expected .*, as model.json describes it"),
         ({"bayesian": False}, "log_variance.bias has shape .*; expected None"),
         ({"projector": False}, "decoder.* has shape"),
-        ({"method": "voxelmorph", "width": 8}, "has shape"),
+        ({"method": "voxelmorph", "width": 8, "levels": 4}, "has shape"),
     ],
 )
 def test_weights_of_another_configuration_are_refused(saved, changes, named):

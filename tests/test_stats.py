@@ -184,7 +184,7 @@ def test_results_round_trip(tmp_path):
         group.to_csv(folder / "cases.csv", index=False)
         record = {"device": "cuda (some GPU)"} if run == "identity" else {"parameters": 252_960}
         (folder / "metrics.json").write_text(json.dumps(record))
-    read, costs = results.read_results(tmp_path)
+    read, costs = results.read_results(tmp_path, ["prostate"], cases["run"].unique())
     key = ["run", "grid", "fixed"]
     expected = cases.sort_values(key, ignore_index=True)
     pd.testing.assert_frame_equal(read.sort_values(key, ignore_index=True), expected, check_dtype=False)
@@ -214,8 +214,8 @@ def test_unusable_results_are_named(tmp_path, change, message):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match="not found"):
         results.read_cases([tmp_path / "cases.csv"])
-    with pytest.raises(InputError, match="expected the results of an evaluation"):
-        results.read_results(tmp_path)
+    with pytest.raises(InputError, match="prostate/identity/cases.csv: not found"):
+        results.read_results(tmp_path, ["prostate"], ["identity"])
     (tmp_path / "cases.csv").touch()
     with pytest.raises(InputError, match="the file is empty"):
         results.read_cases([tmp_path / "cases.csv"])

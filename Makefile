@@ -48,20 +48,22 @@ $(STAMP): requirements.txt
 DATA = test -d data || "$(BIN)/dvc" pull --quiet data.dvc
 
 # JOBS trainings run side by side, the cores shared between them: small networks gain more from that than from many
-# threads each. The rest is `dvc repro` alone: evaluation measures time, so it has the machine to itself.
+# threads each. The rest is `dvc repro` alone: evaluation measures time, so it has the machine to itself; but for
+# smoke, where no figure means anything.
 JOBS ?= 2
+BESIDE ?= train@
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-define TRAIN_SIDE_BY_SIDE
-"$(BIN)/dvc" status --json \
-	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith("train@")), sep="\n")' \
+define SIDE_BY_SIDE
+for stage in $(BESIDE); do "$(BIN)/dvc" status --json \
+	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith(sys.argv[1])), sep="\n")' $$stage \
 	| OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
-	xargs -r -n 1 -P $(JOBS) "$(BIN)/dvc" repro --single-item
+	xargs -r -n 1 -P $(JOBS) "$(BIN)/dvc" repro --single-item || exit; done
 endef
 
 repro: $(STAMP) ## Run everything that changed: data to tables and figures (PROFILE=smoke, demo or paper; none: params.yaml as it is)
 	"$(BIN)/python" -m gridreg.params $(if $(PROFILE),--profile "$(PROFILE)") --check
 	"$(BIN)/dvc" repro --pull preprocess
-	$(TRAIN_SIDE_BY_SIDE)
+	$(SIDE_BY_SIDE)
 	"$(BIN)/dvc" repro --pull
 
 smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is removed afterwards (KEEP=1 keeps it)
@@ -80,7 +82,7 @@ smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is remove
 	git init --quiet; git add --all; \
 	git -c user.name=smoke -c user.email=smoke@localhost -c commit.gpgsign=false -c core.hooksPath=/dev/null \
 		commit --quiet --message 'copy for the smoke run'; \
-	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)"; \
+	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)" BESIDE="train@ evaluate"; \
 	echo "tables and figures, after $$((SECONDS - started)) s:"; \
 	ls -l figures
 

@@ -126,7 +126,8 @@ def _dataset(plan: Plan, todo: list[Case], label_names: dict[int, str]) -> dict:
     tr, ts = ([_entry(c) for c in todo if (c.split == "test") == last] for last in (False, True))
     described = {
         "name": plan.dataset, "description": DESCRIPTIONS[plan.dataset], "simulated": True, "generator": GENERATOR,
-        "profile": plan.profile, "seed": plan.seed, "licence": "CC0-1.0" if plan.dataset != "brain" else
+        "profile": plan.profile, "seed": plan.seed, "test_seed": plan.test_seed,
+        "licence": "CC0-1.0" if plan.dataset != "brain" else
         "CC0-1.0 for the simulation; the MNI152 template is copyright McConnell Brain Imaging Centre, free to use",
         "release": "1.0", "tensorImageSize": "3D", "modality": {"0": "MR"},
         "labels": {"0": "background", **{str(k): v for k, v in label_names.items()}},

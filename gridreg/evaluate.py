@@ -16,17 +16,13 @@ from tqdm import tqdm
 from gridreg import metrics
 from gridreg.checkpoint import load_model
 from gridreg.dataset import Preprocessed
+from gridreg.devices import describe_device, device, to_tensor
 from gridreg.grid import Shape, warp
 from gridreg.methods import build, grid_name, grid_sizes
 from gridreg.network import Registration
+from gridreg.refine import refine
 from gridreg.schema import UNTRAINED
-from gridreg.train import describe_device, to_tensor
 from gridreg.volumes import write_displacement, write_volume
-
-
-def device() -> torch.device:
-    """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one."""
-    return torch.device(os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, Shape | None, dict[str, Any]]:
@@ -43,12 +39,17 @@ def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, 
 
 @torch.inference_mode()
 def register(
-    network: nn.Module, fixed: np.ndarray, moving: np.ndarray, grid: Shape | None, where: torch.device
+    network: nn.Module,
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    grid: Shape | None,
+    where: torch.device,
+    refinement: dict[str, Any] | None = None,
 ) -> tuple[Registration, np.ndarray, float, float]:
-    """Register one pair of (W, H, D) images in [0, 1].
+    """Register one pair of (W, H, D) images in [0, 1]; ``refinement`` holds arguments of ``refine.refine``, or None.
 
-    Returns the registration, the warped moving image (W, H, D), the seconds for network and warp with the images on
-    the device, and the peak of GPU memory in MB, weights and images included (NaN without a GPU).
+    Returns the registration, the warped moving image (W, H, D), the seconds for network, refinement and warp with the
+    images on the device, and the peak of GPU memory in MB, weights and images included (NaN without a GPU).
     """
     images = [to_tensor([image], where) for image in (fixed, moving)]
     on_gpu = where.type == "cuda"
@@ -57,6 +58,10 @@ def register(
         torch.cuda.reset_peak_memory_stats(where)
     began = time.perf_counter()
     registration = network(*images, grid)
+    if refinement and registration.control_points is not None:
+        registration = refine(
+            registration, *images, upsampling=network.upsampling, fold_free=network.fold_free, **refinement
+        )
     warped = warp(images[1], registration.displacement)
     if on_gpu:
         torch.cuda.synchronize(where)
@@ -73,12 +78,15 @@ def case_metrics(data: Preprocessed, fixed: str, moving: str, displacement: np.n
     fixed_labels, moving_labels = data.labels(fixed), data.labels(moving)
     region = fixed_labels > 0 if fixed_labels is not None else np.ones(data.shape, bool)
     row = dict.fromkeys(("dice", "landmark_mm", "mask_mm", "tre_mm"), float("nan"))
+    row |= {"labels_lost": 0, "landmarks_missing": 0}  # failures are counted, not dropped from a mean in silence
     if fixed_labels is not None and moving_labels is not None:
         warped = warp_labels(moving_labels, displacement)
         row["dice"] = metrics.dice(fixed_labels, warped)
         row["mask_mm"] = metrics.centroid_distance_mm(fixed_labels, warped, data.spacing)
+        row["labels_lost"] = len(set(metrics.label_values(fixed_labels)) - set(metrics.label_values(warped)))
     points, partners = data.landmarks(fixed) or {}, data.landmarks(moving) or {}
     common = [name for name in points if name in partners]
+    row["landmarks_missing"] = len(points) - len(common)
     if common:
         positions = [np.array([side[name] for name in common]) for side in (points, partners)]
         row["landmark_mm"] = metrics.landmark_distance_mm(*positions, displacement, data.spacing)
@@ -106,25 +114,27 @@ def evaluate(
     method: str,
     grids: list[Shape | None],
     chosen: Shape | None,
+    refinement: dict[str, Any] | None = None,
     pictures: Path | str | None = None,
     pictured_cases: int = 4,
 ) -> pd.DataFrame:
     """Per-case results of ``network`` on the test pairs, at each of ``grids``; one row a pair and grid.
 
-    chosen    the grid size chosen on validation; the rows of the others are for Figure 8 alone
-    pictures  a folder for the warped image, the warped labels and the ITK displacement field of the first cases
+    chosen      the grid size chosen on validation; the rows of the others are for Figure 8 alone
+    refinement  arguments of ``refine.refine`` for methods with control points; None: what the network answers
+    pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases
     """
     where = device()
     network = network.to(where).eval()
     pairs, rows = data.pairs("test"), []
     first = [data.image(subject) for subject in pairs[0]]
     for grid in grids:
-        register(network, *first, grid, where)  # warm-up: the first call allocates and fills caches
+        register(network, *first, grid, where, refinement)  # warm-up: the first call allocates and fills caches
     for number, (fixed, moving) in enumerate(tqdm(pairs, desc=f"{dataset} {run}", unit="pair", mininterval=2)):
         truth = data.truth(fixed, moving)
         for grid in grids:
             registration, warped, seconds, peak_mb = register(
-                network, data.image(fixed), data.image(moving), grid, where
+                network, data.image(fixed), data.image(moving), grid, where, refinement
             )
             displacement = registration.displacement[0].cpu().numpy()
             row: dict[str, Any] = {"dataset": dataset, "run": run, "method": method, "grid": grid_name(grid)}

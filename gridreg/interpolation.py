@@ -97,3 +97,16 @@ def upsample(control_points: Tensor, shape: int | Shape, method: str = "trilinea
         for n, g in zip(shape, control_points.shape[2:])
     ]
     return apply_along_axes(control_points, matrices)
+
+
+def upsample_sigma(sigma: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
+    """Dense standard deviation of a displacement whose control points vary independently.
+
+    sigma (B, C, gw, gh, gd) → (B, C, W, H, D), same units. The variance of a weighted sum is the sum of the squared
+    weights times the variances. Neglected is the correlation between control points: neighbours err together, so
+    between control points (where the weights are spread) the result is too small rather than too large.
+    """
+    check_volume(sigma, None, "sigma")
+    shape = as_shape(shape, "shape")
+    squared = [basis(n, g, method, sigma.device, sigma.dtype).square() for n, g in zip(shape, sigma.shape[2:])]
+    return apply_along_axes(sigma.square(), squared).sqrt()

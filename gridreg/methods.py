@@ -54,7 +54,8 @@ def _voxelmorph(run: dict[str, Any]) -> nn.Module:
 
 
 def _gridreg(run: dict[str, Any]) -> nn.Module:
-    return GridReg(run["base_channels"], run["num_layers"], run["bayesian"], run["upsampling"], run["projector"])
+    names = ("base_channels", "num_layers", "bayesian", "upsampling", "projector", "fold_free")
+    return GridReg(**{name: run[name] for name in names if name in run})
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {

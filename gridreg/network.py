@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gridreg.fold_free import bounded
 from gridreg.grid import Shape, check_grid_size, check_volume
 from gridreg.interpolation import METHODS, upsample
 
@@ -21,10 +22,8 @@ STRIDED_LAYERS = 4  # later layers keep the resolution
 CHANNELS = 32  # C_p = C_pe = C_d: tokens, positional encodings and decoder features
 HEADS, HEAD_CHANNELS = 2, 32
 LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
-REACH = 0.5  # unit of the heads' outputs, in image widths
-GLOBAL_TOKENS = 128  # a level of no more tokens is attended to whole: its windows would hold one or two of them
-WINDOW = 2.0  # edge of a local window, in control-point spacings
-MAX_WINDOW_TOKENS = 3  # along one edge of it
+MAX_TOKENS_A_SPACING = 2  # along one axis; a local window is two control-point spacings wide
+LOG_VARIANCE = (-14.0, 0.0)  # σ lies between a thousandth of half the image and half the image
 
 
 @dataclass
@@ -71,43 +70,68 @@ def grid_encoding(grid_size: Shape, device: torch.device) -> Tensor:
     return encoding(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2))
 
 
-def window_tokens(n: int, g: int) -> int:
-    """Tokens along one edge of a window over n feature voxels: no finer than the features, at least two."""
-    return min(max(round(WINDOW * (n - 1) / (g - 1)), 2), MAX_WINDOW_TOKENS)
+def tokens_a_spacing(n: int, g: int) -> int:
+    """Tokens in one control-point spacing along an axis of n feature voxels: about as many as it holds, 1 or 2."""
+    return min(max(round((n - 1) / (g - 1)), 1), MAX_TOKENS_A_SPACING)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def window_positions(g: int, m: int) -> Tensor:
-    """(g·m,) positions in [0, 1] of the m tokens in each control point's window along one axis, float64."""
-    offsets = ((torch.arange(m, dtype=torch.float64) + 0.5) / m - 0.5) * WINDOW
-    return ((torch.arange(g, dtype=torch.float64)[:, None] + offsets) / (g - 1)).clamp(0, 1).flatten()
+def token_positions(g: int, p: int) -> Tensor:
+    """(p·(g + 1),) positions of tokens, in control-point spacings: p to a spacing, half a window beyond either end.
+
+    Those of control point i are numbers p·i to p·i + 2p - 1, which lie around it. Positions outside are clamped.
+    """
+    return ((torch.arange(p * (g + 1), dtype=torch.float64) + 0.5) / p - 1).clamp(0, g - 1)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def window_basis(n: int, g: int, m: int, device: torch.device) -> Tensor:
-    """(g·m, n) weights that read n equidistant, corners-included values at the window positions of g control points.
+def token_basis(n: int, g: int, p: int, device: torch.device) -> Tensor:
+    """(p·(g + 1), n) weights that read n equidistant, corners-included values at the tokens' positions.
 
     Linear interpolation, its hat widened to the distance between tokens where that is the larger, so that no
     feature voxel between two tokens goes unseen.
     """
-    distance = (window_positions(g, m)[:, None] * (n - 1) - torch.arange(n, dtype=torch.float64)).abs()
-    weights = (1 - distance / max(1.0, (n - 1) / (g - 1) * WINDOW / m)).clamp(min=0)
+    voxels = (n - 1) / (g - 1)  # to a control-point spacing
+    distance = (token_positions(g, p)[:, None] * voxels - torch.arange(n, dtype=torch.float64)).abs()
+    weights = (1 - distance / max(1.0, voxels / p)).clamp(min=0)
     return (weights / weights.sum(1, keepdim=True)).to(device, torch.float32)
 
 
-def to_windows(tokens: Tensor, grid_size: Shape) -> Tensor:
-    """The tokens (B, C, w, h, d) near each control point, resampled to its window: (B, G, mw·mh·md, C)."""
-    window = tuple(window_tokens(n, g) for n, g in zip(tokens.shape[2:], grid_size))
-    x, y, z = (window_basis(n, g, m, tokens.device) for n, g, m in zip(tokens.shape[2:], grid_size, window))
-    (gw, gh, gd), (mw, mh, md) = grid_size, window
-    tokens = tokens.permute(0, 2, 3, 4, 1)  # channels last, so that every copy below moves whole tokens
-    batch, _, h, d, channels = tokens.shape
-    tokens = (x @ tokens.flatten(2)).view(batch, gw, mw, h, d * channels)
-    tokens = (y @ tokens).view(batch, gw, mw, gh, mh, d, channels).transpose(2, 3)
-    tokens = (z @ tokens).view(batch, gw, gh, mw * mh, gd, md, channels).transpose(3, 4)
-    return tokens.reshape(batch, gw * gh * gd, mw * mh * md, channels)
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def window_basis(n: int, g: int, p: int, device: torch.device) -> Tensor:
+    """(g·2p, n): the rows of ``token_basis`` window by window."""
+    return token_basis(n, g, p, device).unfold(0, 2 * p, p).transpose(1, 2).reshape(g * 2 * p, n).contiguous()
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def column_mask(g: int, p: int, columns: int, device: torch.device) -> Tensor:
+    """(g·HEADS, columns·p·(g + 1)): 0 where a control point of a column sees a token, -inf elsewhere."""
+    after = torch.arange(p * (g + 1)) - p * torch.arange(g)[:, None]
+    seen = ((after >= 0) & (after < 2 * p)).repeat_interleave(HEADS, 0).repeat(1, columns)
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).to(device)
+
+
+def to_windows(tokens: Tensor, grid_size: Shape) -> tuple[Tensor, Tensor]:
+    """The tokens (B, C, w, h, d) near each column of control points along the last axis, and who sees which.
+
+    Returns (B, gw·gh, N, C) tokens resampled to positions around the control points, and the (gd·HEADS, N) mask of a
+    column. Windows along the first two axes are written out; along the last one control points share the tokens of
+    their column, which spares most of the memory that windows of their own would take.
+    """
+    counts = [tokens_a_spacing(n, g) for n, g in zip(tokens.shape[2:], grid_size)]
+    x, y = (window_basis(tokens.shape[2 + a], grid_size[a], counts[a], tokens.device) for a in (0, 1))
+    z = token_basis(tokens.shape[4], grid_size[2], counts[2], tokens.device)
+    (gw, gh, gd), (mw, mh) = grid_size, (2 * counts[0], 2 * counts[1])
+    tokens = z @ tokens.permute(0, 2, 3, 4, 1)  # channels last, so that every copy below moves whole tokens
+    batch, _, h, length, channels = tokens.shape
+    tokens = (x @ tokens.flatten(2)).view(batch, gw, mw, h, length * channels)
+    tokens = (y @ tokens).view(batch, gw, mw, gh, mh, length * channels).transpose(2, 3)
+    tokens = tokens.reshape(batch, gw * gh, mw * mh * length, channels)
+    return tokens, column_mask(gd, counts[2], mw * mh, tokens.device)
 
 
 class CrossAttention(nn.Module):
@@ -125,17 +149,37 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(channels_in, inner, bias=False)
         self.out = nn.Linear(inner, CHANNELS)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """queries (G, CHANNELS); tokens (B, 1, N, C) for all, or (B, G, n, C) local. Returns (B, G, CHANNELS)."""
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """queries (G, CHANNELS), in columns that share tokens (B, columns, N, C). Returns (B, G, CHANNELS).
+
+        mask (G / columns · HEADS, N) is added to the logits of every column.
+        """
         per_head = (HEADS, HEAD_CHANNELS)
         q = self.query(queries).unflatten(-1, per_head) / HEAD_CHANNELS**0.5
         probes = torch.einsum("ghd,hdc->ghc", q, self.key.weight.unflatten(0, per_head))
-        batch, windows, _, channels = tokens.shape
-        probes = probes.reshape(windows, -1, channels).expand(batch, -1, -1, -1)  # (B, 1, G·H, C) or (B, G, H, C)
-        pooled = F.scaled_dot_product_attention(probes, tokens, tokens, scale=1.0)
+        batch, columns, _, channels = tokens.shape
+        probes = probes.reshape(columns, -1, channels).expand(batch, -1, -1, -1)  # (B, columns, G·H / columns, C)
+        logits = probes @ tokens.transpose(2, 3)
+        pooled = (logits if mask is None else logits + mask).softmax(-1) @ tokens
         pooled = pooled.reshape(batch, -1, HEADS, channels)
         values = torch.einsum("bghc,hdc->bghd", pooled, self.value.weight.unflatten(0, per_head))
         return self.out(values.flatten(2))
+
+
+def level_grid(grid_size: Shape, shape: Shape) -> Shape:
+    """The grid on which a local level of ``shape`` feature voxels is decoded: at most a point on and between any two.
+
+    More would read the same features again. It spares work on small images only: of 128³ voxels the coarsest local
+    level has 16³, where any grid up to 31×31×31 is decoded as it is.
+    """
+    return tuple(min(g, max(2 * n - 1, 2)) for g, n in zip(grid_size, shape))
+
+
+def resize(y: Tensor, grid_size: Shape, new: Shape) -> Tensor:
+    """Features Y (B, G, C) of one grid at the points of another."""
+    if grid_size == new:
+        return y
+    return upsample(y.transpose(1, 2).unflatten(2, grid_size), new).flatten(2).transpose(1, 2)
 
 
 class DecoderLevel(nn.Module):
@@ -150,20 +194,24 @@ class DecoderLevel(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.GELU(), nn.Linear(CHANNELS, CHANNELS))
 
     def tokens(self, features: Tensor, carried: Tensor | None, grid_size: Shape) -> Tensor:
-        """Ŷ = [P, Y]: projected features with their positions, beside Y carried to those positions."""
+        """Ŷ = [P, Y]: projected features with their positions, beside Y carried to those positions: (B, C, w, h, d)."""
         shape = tuple(features.shape[2:])
         tokens = self.project(features) + grid_encoding(shape, features.device).T.unflatten(1, shape)
         if carried is not None:
             carried = upsample(carried.transpose(1, 2).unflatten(2, grid_size), shape)
             tokens = torch.cat([tokens, carried], dim=1)
-        local = not self.coarsest and tokens[0, 0].numel() > GLOBAL_TOKENS
-        return to_windows(tokens, grid_size) if local else tokens.flatten(2).transpose(1, 2)[:, None]
+        return tokens
 
-    def forward(self, queries: Tensor, features: Tensor, carried: Tensor | None, grid_size: Shape) -> Tensor:
-        """carried and result: (B, G, CHANNELS)."""
-        y = self.attention(queries, self.tokens(features, carried, grid_size))
+    def forward(self, features: Tensor, carried: Tensor | None, carried_grid: Shape | None, grid_size: Shape) -> Tensor:
+        """carried (B, G', CHANNELS) on its own grid; returns (B, G, CHANNELS)."""
+        tokens = self.tokens(features, carried, carried_grid)
+        if self.coarsest:
+            tokens, mask = tokens.flatten(2).transpose(1, 2)[:, None], None
+        else:
+            tokens, mask = to_windows(tokens, grid_size)
+        y = self.attention(grid_encoding(grid_size, features.device), tokens, mask)
         if carried is not None:
-            y = y + carried
+            y = y + resize(carried, carried_grid, grid_size)
         return y + self.mlp(self.norm(y))
 
 
@@ -175,6 +223,7 @@ class GridReg(nn.Module):
     bayesian       predict a standard deviation per control point too (paper, section 3.2)
     upsampling     "trilinear", "bspline" or "deconv" (paper, section 3.2)
     projector      False feeds the coarsest level alone to the decoder (Table 3, config 5)
+    fold_free      bound the control points so that the field cannot fold (``fold_free``); "bspline" only
     """
 
     def __init__(
@@ -184,13 +233,16 @@ class GridReg(nn.Module):
         bayesian: bool = False,
         upsampling: str = "trilinear",
         projector: bool = True,
+        fold_free: bool = False,
     ):
         super().__init__()
         if not 4 <= num_layers <= len(WIDTHS):
             raise ValueError(f"num_layers must lie between 4 and {len(WIDTHS)}, found {num_layers}")
         if upsampling not in METHODS:
             raise ValueError(f"upsampling must be one of {', '.join(METHODS)}; found {upsampling!r}")
-        self.upsampling = upsampling
+        if fold_free and upsampling != "bspline":
+            raise ValueError(f"fold_free needs upsampling 'bspline', found {upsampling!r}")
+        self.upsampling, self.fold_free = upsampling, fold_free
         widths = [2] + [base_channels * w for w in WIDTHS[:num_layers]]
         self.encoder = nn.ModuleList(
             EncoderLayer(widths[i], widths[i + 1], 2 if i < STRIDED_LAYERS else 1) for i in range(num_layers)
@@ -203,9 +255,9 @@ class GridReg(nn.Module):
         self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
         nn.init.normal_(self.mean.weight, std=1e-3)  # start near the identity, so that the first gradients mean something
         nn.init.zeros_(self.mean.bias)
-        if bayesian:  # and nearly certain: σ of about 1 % of the image
+        if bayesian:  # and nearly certain: σ of 1.5 % of the image
             nn.init.normal_(self.log_variance.weight, std=1e-3)
-            nn.init.constant_(self.log_variance.bias, -8.0)
+            nn.init.constant_(self.log_variance.bias, -7.0)
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: int | Shape = (10, 10, 10)) -> Registration:
         """fixed, moving (B, 1, W, H, D) in [0, 1] → Registration. ValueError on other shapes or an impossible grid."""
@@ -220,13 +272,18 @@ class GridReg(nn.Module):
         features, x = {}, torch.cat([fixed, moving], dim=1)
         for layer, encode in enumerate(self.encoder, start=1):
             features[layer] = x = encode(x)
-        queries, y = grid_encoding(grid_size, x.device), None
+        y = at = None
         for layer, level in zip(self.layers, self.decoder):
-            y = level(queries, features[layer], y, grid_size)
+            here = grid_size if level.coarsest else level_grid(grid_size, tuple(features[layer].shape[2:]))
+            y, at = level(features[layer], y, at, here), here
+        y = resize(y, at, grid_size)
         with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
-            y, half = y.float(), torch.tensor(shape, device=y.device)[:, None] * REACH  # heads speak in this unit
+            y, half = y.float(), torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half widths
             control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
+            if self.fold_free:
+                control_points = bounded(control_points, shape)
             sigma = None
             if self.log_variance is not None:
-                sigma = ((self.log_variance(y).transpose(1, 2) / 2).exp() * half).unflatten(2, grid_size)
+                log_variance = self.log_variance(y).transpose(1, 2).clamp(*LOG_VARIANCE)
+                sigma = ((log_variance / 2).exp() * half).unflatten(2, grid_size)
         return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)

@@ -65,7 +65,7 @@ RUN_LABELS = {
 
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
 _NUMBERS = ["dice", "landmark_mm", "mask_mm", "tre_mm", "logdet_mean", "logdet_std", "folding_percent",
-            "nondiffeomorphic_percent", "seconds", "peak_mb"]  # fmt: skip
+            "nondiffeomorphic_percent", "labels_lost", "landmarks_missing", "seconds", "peak_mb"]  # fmt: skip
 
 
 def run_label(run: str) -> str:

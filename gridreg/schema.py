@@ -60,6 +60,7 @@ NAME = Rule("a name of letters, digits, - and _", lambda v: isinstance(v, str) a
 TEXT = Rule("a text", lambda v: isinstance(v, str) and v.strip() != "")
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 NAMES = each(NAME, "a list of names", lengths=range(1000))
+SHARE = Rule("a number from 0 to below 1", lambda v: isinstance(v, (int, float)) and 0 <= v < 1)
 SHAPE = each(whole(2), "three whole numbers of at least 2", lengths=[3])
 SHAPES = each(SHAPE, "a list of sizes, each three whole numbers of at least 2")
 LABELS = each(whole(1), "a list of label numbers of at least 1")
@@ -81,7 +82,7 @@ DATASET = {                                                       # no defaults:
     "affine_reference": or_null(TEXT),                            # mni152 or an image file; null: none
     "labels": or_null(LABELS),                                    # null: every label of dataset.json
     "budget": number(0, above=True),                              # times the steps or epochs of every run
-    "similarity": choice("mse", "ncc"),                           # the image-level loss of training
+    "similarity": choice("mse", "ncc", "mi"),                           # the image-level loss of training
     "dice_weight": number(0),
     "bending_weight": number(0),
     "max_subjects": or_null(whole(2)),                            # null: all
@@ -92,7 +93,12 @@ TRAIN = {
     "epochs": default(whole(1), None),
     "batch": whole(1),
     "learning_rate": number(0, above=True),
+    "beta2": default(SHARE, 0.999),                               # of Adam: its memory of squared gradients
+    "bending": default(number(0), 1.0),                           # times the dataset's bending_weight
     "validate_every": whole(1),                                   # steps
+}
+EVALUATE = {
+    "refine_steps": default(whole(0), 0),                         # of instance refinement, for methods with a grid
 }
 METHODS = {                                                       # a trained run may give any name of TRAIN, too
     "identity": {},
@@ -103,7 +109,9 @@ METHODS = {                                                       # a trained ru
         "num_layers": default(whole(1, 9), 5),
         "upsampling": default(choice("trilinear", "bspline", "deconv"), "trilinear"),
         "projector": default(FLAG, True),
-        "bayesian": default(Rule("false; training does not have the uncertainty loss yet", lambda v: v is False), False),
+        "fold_free": default(FLAG, False),                        # bound the control points; needs upsampling bspline
+        "bayesian": default(FLAG, False),                         # a standard deviation for every control point
+        "samples": default(whole(1), 1),                          # Monte-Carlo samples a step, for a Bayesian run
     },
 }
 UNTRAINED = ("identity",)
@@ -141,11 +149,11 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
 
     `source` is the file named in the sentence; `profiles` are the known profiles (none: any name will do).
     """
-    sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN}
+    sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN, "evaluate": EVALUATE}
     check_section(params, TOP, str(source), others=sections)
     for section, rules in sections.items():
         where = f"{source}: {section}"
-        if section == "unused" and section not in params:
+        if section in ("unused", "evaluate") and section not in params:
             continue
         if section not in params:
             raise InputError(f"{where} is missing; expected this section")
@@ -170,6 +178,9 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
             raise InputError(f"{where} has no method; expected method: and one of {', '.join(METHODS)}")
         refuse_unknown(values["method"], METHODS, "method", where)
         check_section(values, run_rules(values["method"]), where)
+        if values.get("fold_free") and values.get("upsampling") != "bspline":
+            raise InputError(f"{where}: fold_free is true and upsampling {values.get('upsampling', 'trilinear')}; "
+                             "expected bspline, for which the bound holds")
         if values["method"] not in UNTRAINED:
             budget = train_settings(params, name)
             if (budget["steps"] is None) == (budget["epochs"] is None):
@@ -189,6 +200,12 @@ def check_use(params: dict, source: str | Path) -> None:
             if name in seen:
                 raise InputError(f"{source}: use names the {section[:-1]} {name!r} twice; expected it once")
             seen.append(name)
+    for run in use["trained"]:
+        for dataset in use["datasets"]:
+            similarity = blocks["datasets"][dataset]["similarity"]
+            if params["runs"][run].get("bayesian") and similarity != "mse":
+                raise InputError(f"{source}: runs.{run} is bayesian and {dataset} has similarity {similarity}; "
+                                 "expected mse, which the uncertainty-weighted loss is made of")
     if not use["datasets"]:
         raise InputError(f"{source}: use.datasets is empty; expected at least one dataset")
     for key in ("trained", "untrained"):
@@ -212,7 +229,7 @@ def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[s
     With a dataset, its `budget` multiplies them.
     """
     own = {name: params["runs"][run].get(name) for name in TRAIN}
-    shared = {name: params["train"].get(name) for name in TRAIN}
+    shared = {name: params["train"].get(name, rule.default) for name, rule in TRAIN.items()}
     if own["steps"] is not None or own["epochs"] is not None:
         shared["steps"] = shared["epochs"] = None
     settings = {name: shared[name] if own[name] is None else own[name] for name in TRAIN}

@@ -14,6 +14,7 @@ from gridreg.diffeo import Deformation, covering
 from gridreg.scanner import Grid, Template, grid, scan
 
 SEED = 20240
+TEST_SEED = 20261  # of the test subjects: drawn when the settings of the demo profile had been chosen
 DATASET_KEY = {"prostate": 1, "pelvis": 2, "brain": 3}  # part of every random key
 SPLITS = ("train", "val", "test")
 ORIENTATIONS = ("LPS", "LPS", "RAS", "LAS")  # as scanners and converters leave them
@@ -35,6 +36,7 @@ class Plan:
     both_ways: bool = False  # validation and test pairs in both directions
     rounds: int = 2  # pelvis: shufflings of the held-out subjects into pairs
     seed: int = SEED
+    test_seed: int = TEST_SEED
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def pairs(plan: Plan, todo: list[Case], split: str) -> list[tuple[str, str]]:
 
 def make(plan: Plan, case: Case) -> Subject:
     """Simulate one scan; it depends on the plan, the patient and the visit only, not on what was made before."""
-    rng = np.random.default_rng((plan.seed, DATASET_KEY[plan.dataset], 10, case.patient, case.visit))
+    seed = plan.test_seed if case.split == "test" else plan.seed
+    rng = np.random.default_rng((seed, DATASET_KEY[plan.dataset], 10, case.patient, case.visit))
     centre = brain.CENTRE if plan.dataset == "brain" else np.zeros(3)
     in_plane, thickness = rng.uniform(*plan.in_plane), rng.uniform(*plan.slices)
     voxel = np.round([in_plane, in_plane, thickness], 2)
@@ -139,7 +142,8 @@ def make(plan: Plan, case: Case) -> Subject:
         template, names = _brain(plan), brain.NAMES
         warp, look = brain.brain_deformation(rng, lattice), brain.brain_appearance(rng)
     else:
-        anatomy, template = _pelvis(plan, case.patient if plan.dataset == "prostate" else 0)
+        own = (seed, case.patient) if plan.dataset == "prostate" else (plan.seed, 0)
+        anatomy, template = _pelvis(plan, *own)
         names = {1: "prostate"}
         change, spread = (visits.VISIT, 0.03) if plan.dataset == "prostate" else (visits.PATIENT, 0.08)
         warp = visits.pelvis_deformation(rng, lattice, anatomy, change)
@@ -158,9 +162,9 @@ def _brain(plan: Plan) -> Template:
 
 
 @lru_cache(maxsize=1)
-def _pelvis(plan: Plan, patient: int) -> tuple[phantom.Anatomy, Template]:
+def _pelvis(plan: Plan, seed: int, patient: int) -> tuple[phantom.Anatomy, Template]:
     """The anatomy of one prostate patient, or (patient 0) the one that every pelvis is warped from."""
-    rng = np.random.default_rng((plan.seed, DATASET_KEY[plan.dataset], 20, patient))
+    rng = np.random.default_rng((seed, DATASET_KEY[plan.dataset], 20, patient))
     anatomy = phantom.draw_anatomy(rng) if patient else phantom.Anatomy()
     reach = np.array(plan.field_of_view) / 2 + 24  # what deformations may bring into view
     return anatomy, phantom.pelvis_template(anatomy, reach, plan.template, rng, landmarks=patient > 0)

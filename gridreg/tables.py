@@ -31,6 +31,7 @@ class Setting:
     profile: str  # smoke, demo or paper
     budgets: dict[str, dict[str, tuple[int, int]]]  # dataset → run → (steps, batch)
     voxelmorph: str  # its width, in words, e.g. "the official default width, 16-32-32-32"
+    refine_steps: int = 0  # of instance refinement
 
 
 def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
@@ -43,7 +44,8 @@ def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
         f"{w} features at {n} levels" + (" (the package's own)" if (w, n) == (16, 5) else " (its own: 16 at 5)")
         for w, n in sizes
     ]
-    return Setting(params["profile"], budgets, "official package, " + ", ".join(words) if words else "not run")
+    package = "official package, " + ", ".join(words) if words else "not run"
+    return Setting(params["profile"], budgets, package, params.get("evaluate", {}).get("refine_steps", 0))
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def _notes(
             "cohorts and stand beside ours for orientation, not as a target."
         )
     notes.append(f"Profile {setting.profile}. {budgets_in_words(setting)} VoxelMorph: {setting.voxelmorph}.")
+    if setting.refine_steps:
+        notes.append(f"GridReg is refined on every test pair by {setting.refine_steps} steps of optimisation without labels.")
     pairs = chosen_rows(cases)[["dataset", "fixed", "moving"]].drop_duplicates().groupby("dataset").size()
     counts = ", ".join(f"{name} {pairs[name]}" for name in in_order(pairs.index, PAPER_DATASETS))
     notes.append(
@@ -193,6 +197,14 @@ def _notes(
         notes.append("Where only one of two methods failed on a case, the signed-rank test was used, the failure ranked worst.")
     if (tidy["failures"] > 0).any():
         notes.append("n failed: cases whose landmark or mask vanished; counted here, not part of the mean.")
+    chosen = chosen_rows(cases)
+    missing = chosen.loc[chosen["run"] == REFERENCE, "landmarks_missing"].sum()
+    if missing:
+        notes.append(f"{missing:.0f} landmarks of fixed images have no partner in the moving one and are in no mean.")
+    lost = chosen[chosen["labels_lost"] > 0].groupby("run", sort=False)["labels_lost"].sum()
+    if len(lost):
+        counts = ", ".join(f"{run_label(run)} {lost[run]:.0f}" for run in in_order(lost.index))
+        notes.append(f"Labels that vanished under the warp, their Dice 0 and no part of the mask distance: {counts}.")
     memory = tidy[(tidy["metric"] == "peak_mb") & (tidy["method"] != "identity")]
     if memory["mean"].isna().any():
         notes.append("GPU memory –: not measured, because this run was not evaluated on a GPU.")

@@ -2,7 +2,6 @@
 
 A training that was interrupted goes on where it stood and ends with the same weights: every step draws its pairs and
 its grid from (seed, step) alone, and the state is kept in a scratch folder named by a hash of data, settings and code.
-Devices and precision come from the environment: GRIDREG_ACCELERATOR, GRIDREG_DEVICES, GRIDREG_NODES, GRIDREG_PRECISION.
 """
 
 from __future__ import annotations
@@ -24,29 +23,16 @@ from tqdm import tqdm
 from gridreg import losses, metrics
 from gridreg.checkpoint import fingerprint, load_model, read_tensors, save_model, write_tensors, write_text
 from gridreg.dataset import Preprocessed
+from gridreg.devices import describe_device, keep_memory, launch, to_tensor
 from gridreg.grid import Shape, warp
+from gridreg.interpolation import upsample, upsample_sigma
 from gridreg.methods import build, grid_name, grid_sizes, parameter_count
 from gridreg.network import Registration
 
-CODE = ["grid", "interpolation", "network", "methods", "losses", "metrics", "dataset", "checkpoint", "train"]
+CODE = ["grid", "interpolation", "fold_free", "network", "methods", "losses", "metrics", "dataset", "checkpoint",
+        "devices", "train"]  # fmt: skip
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; then it falls along a cosine
 RECORD_EVERY = 10  # steps between two rows of history.csv
-LABELS_PER_STEP = 16  # structures in one step's Dice loss, so that a hundred labels fit into memory
-
-
-def launch():
-    """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision."""
-    from lightning_fabric import Fabric  # here, not above: it takes as long to import as PyTorch itself
-
-    accelerator = os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=int(os.environ.get("GRIDREG_DEVICES", 1)),
-        num_nodes=int(os.environ.get("GRIDREG_NODES", 1)),
-        precision=os.environ.get("GRIDREG_PRECISION", "32-true"),
-    )
-    fabric.launch()
-    return fabric
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -55,25 +41,49 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def to_tensor(arrays: list[np.ndarray], device: torch.device) -> Tensor:
-    """Volumes (W, H, D) → (B, 1, W, H, D) float32."""
-    return torch.from_numpy(np.stack(arrays)).float()[:, None].to(device)
+def draw(data: Preprocessed, pairs: list, grids: list, batch: int, seed: int, step: int, rank: int):
+    """One step's pairs and grid size: other pairs on every device, the same grid on all."""
+    chosen = np.random.default_rng([seed, step, rank]).integers(len(pairs), size=batch)
+    return [pairs[i] for i in chosen], grids[np.random.default_rng([seed, step]).integers(len(grids))]
 
 
-def one_hot(label_maps: list[np.ndarray], values: list[int], device: torch.device) -> Tensor:
-    """Label maps (W, H, D) → (B, K, W, H, D) float32 masks, one channel for each of ``values``."""
-    labels = torch.from_numpy(np.stack(label_maps)).to(device)
-    return torch.stack([labels == value for value in values], dim=1).float()
+def similarity_loss(
+    network: nn.Module,
+    registration: Registration,
+    fixed: Tensor,
+    moving: Tensor,
+    similarity: str,
+    samples: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Similarity at image level, and at the control points where there are any (paper, section 3.3): a scalar.
 
+    At the control points it is always the MSE: they have no neighbourhood to correlate over.
 
-def draw(data: Preprocessed, pairs: list, grids: list, batch: int, rng: np.random.Generator):
-    """The pairs, the grid size and the labels of one step."""
-    chosen = [pairs[i] for i in rng.integers(len(pairs), size=batch)]
-    grid = grids[rng.integers(len(grids))]
-    values = sorted(int(v) for v in data.index["labels"])
-    if len(values) > LABELS_PER_STEP:
-        values = sorted(rng.choice(values, LABELS_PER_STEP, replace=False).tolist())
-    return chosen, grid, values
+    For a Bayesian registration the uncertainty-weighted loss (equation 2) is added. It draws ``samples`` displacements
+    on the grid, T = μ + σ ε, and teaches σ alone: μ learns from the loss it would have without σ. Were it to learn
+    from the samples, a σ beyond the size of the texture would hide the image from it, and then have every reason to
+    grow. The loss has the weight of one mean squared residual, so that the other weights keep their meaning.
+    """
+    warped = warp(moving, registration.displacement)
+    total = losses.SIMILARITIES[similarity](fixed, warped)
+    if registration.control_points is None:
+        return total
+    mean, sigma = registration.control_points, registration.sigma
+    grid, shape = tuple(mean.shape[2:]), tuple(fixed.shape[2:])
+    total = total + losses.mse(*(losses.at_control_points(volume, grid) for volume in (fixed, warped)))
+    if sigma is None:
+        return total
+    told, widest = losses.information(fixed), losses.WIDEST * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)
+    dense_variance = upsample_sigma(sigma, shape, network.upsampling).square()
+    weight = losses.mse(fixed, warped).detach() / samples
+    for _ in range(samples):
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        sample = warp(moving, upsample(mean.detach() + sigma * noise, shape, network.upsampling))
+        at_grid = [losses.at_control_points(volume, grid) for volume in (fixed, sample, told)]
+        total = total + weight * losses.uncertainty(fixed, sample, told, dense_variance, widest)
+        total = total + weight * losses.uncertainty(*at_grid, sigma.square(), widest)
+    return total
 
 
 def loss_terms(
@@ -81,34 +91,25 @@ def loss_terms(
     data: Preprocessed,
     pairs: list,
     grid: Shape | None,
-    values: list[int],
+    device: torch.device,
+    *,
     similarity: str,
     dice: bool,
-    device: torch.device,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Similarity, Dice and bending losses of one batch (paper, section 3.3), each a scalar.
-
-    The grid-level similarity is always the MSE: control points have no neighbourhood to correlate over.
-    """
-    fixed = to_tensor([data.image(f) for f, _ in pairs], device)
-    moving = to_tensor([data.image(m) for _, m in pairs], device)
+    """Similarity, Dice and bending losses of one batch (paper, section 3.3), each a scalar."""
+    fixed, moving = (to_tensor([data.image(pair[side]) for pair in pairs], device) for side in (0, 1))
     registration: Registration = network(fixed, moving, grid)
-    volumes = [moving]
-    if dice:
-        fixed_masks, moving_masks = (one_hot([data.labels(p[side]) for p in pairs], values, device) for side in (0, 1))
-        volumes.append(moving_masks)
-    warped, *warped_masks = warp(torch.cat(volumes, dim=1), registration.displacement).split_with_sizes(
-        [volume.shape[1] for volume in volumes], dim=1
-    )  # image and masks in one pass
-    terms = {"similarity": losses.SIMILARITIES[similarity](fixed, warped)}
+    terms = {"similarity": similarity_loss(network, registration, fixed, moving, similarity, samples, generator)}
     if grid is None:
         terms["bending"] = losses.bending_energy(registration.displacement)
     else:
-        at_grid = [losses.at_control_points(volume, grid) for volume in (fixed, warped)]
-        terms["similarity"] = terms["similarity"] + losses.mse(*at_grid)
         terms["bending"] = losses.grid_bending_energy(registration.control_points, data.shape, network.upsampling)
     if dice:
-        terms["dice_loss"] = losses.dice(fixed_masks, warped_masks[0])
+        maps = [torch.from_numpy(np.stack([data.labels(p[side]) for p in pairs]))[:, None].to(device) for side in (0, 1)]
+        values = sorted(int(value) for value in data.index["labels"])
+        terms["dice_loss"] = losses.label_dice(*maps, registration.displacement, values)
     return terms
 
 
@@ -194,18 +195,22 @@ def train(
     """Train one run on the training pairs of ``data`` and write it to ``out``; returns what metrics.json holds.
 
     run         a run of params.yaml: method and its settings, as ``methods.build`` takes it
-    settings    steps or epochs, batch, learning_rate (peak), validate_every (steps)
-    similarity  "mse" (the paper's) or "ncc"
+    settings    steps or epochs, batch, learning_rate (peak), beta2 (of Adam), bending (times bending_weight),
+                validate_every (steps)
+    similarity  "mse" (the paper's), "ncc" or "mi"
     out         gets model.safetensors, model.json, history.csv and metrics.json
 
     The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
     model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
     """
+    keep_memory()
     fabric = launch()
     torch.manual_seed(seed)
     network, grids, pairs = build(run), grid_sizes(run), data.pairs("train")
     steps = total_steps(settings, len(pairs), len(data.subjects("train")))
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings["learning_rate"])
+    optimiser = torch.optim.Adam(
+        network.parameters(), lr=settings["learning_rate"], betas=(0.9, settings["beta2"])
+    )
     code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     weights = (similarity, bending_weight, dice_weight)
     key = fingerprint(data.index, run, settings, seed, weights, fabric.world_size, files=code)
@@ -220,14 +225,17 @@ def train(
 
     for step in range(start, steps):
         began = time.perf_counter()
-        rng = np.random.default_rng([seed, step, fabric.global_rank])
-        chosen, grid, values = draw(data, pairs, grids, settings["batch"], np.random.default_rng([seed, step, 0]))
-        if fabric.world_size > 1:  # other pairs on every device, the same grid on all
-            chosen, _, _ = draw(data, pairs, grids, settings["batch"], rng)
+        chosen, grid = draw(data, pairs, grids, settings["batch"], seed, step, fabric.global_rank)
+        entropy = np.random.SeedSequence([seed, step, fabric.global_rank, 1])  # of the Monte-Carlo samples
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings["learning_rate"])
-        terms = loss_terms(wrapped, data, chosen, grid, values, similarity, dice_weight > 0, fabric.device)
-        loss = terms["similarity"] + bending_weight * terms["bending"] + dice_weight * terms.get("dice_loss", 0)
+        terms = loss_terms(
+            wrapped, data, chosen, grid, fabric.device, similarity=similarity, dice=dice_weight > 0,
+            samples=run.get("samples", 1), generator=generator,
+        )
+        loss = terms["similarity"] + bending_weight * settings["bending"] * terms["bending"]
+        loss = loss + dice_weight * terms.get("dice_loss", 0)
         optimiser.zero_grad()
         fabric.backward(loss)
         optimiser.step()
@@ -271,8 +279,3 @@ def train(
     write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
     shutil.rmtree(folder)
     return result
-
-
-def describe_device(device: torch.device) -> str:
-    """"cpu" or "cuda (NVIDIA …)"."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -196,11 +196,18 @@ def test_true_correspondence_aligns_labels_and_landmarks(written, dataset, least
 def test_same_seed_same_bytes_another_seed_others(written, tmp_path):
     plan = SMALL["pelvis"]
     cohort.write_cohort(plan, tmp_path / "again", progress=False)
-    cohort.write_cohort(replace(plan, seed=1), tmp_path / "other", progress=False)
+    cohort.write_cohort(replace(plan, seed=1, test_seed=2), tmp_path / "other", progress=False)
     hashes = [{p.relative_to(root): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*.nii.gz")}
               for root in (written / "pelvis", tmp_path / "again" / "pelvis", tmp_path / "other" / "pelvis")]
     assert hashes[0] == hashes[1]
     assert not set(hashes[0].values()) & set(hashes[2].values())
+
+
+def test_test_subjects_have_a_seed_of_their_own(written, tmp_path):
+    cohort.write_cohort(replace(SMALL["prostate"], test_seed=5), tmp_path, progress=False)
+    for path in (written / "prostate").rglob("*.nii.gz"):
+        same = (tmp_path / path.relative_to(written)).read_bytes() == path.read_bytes()
+        assert same == path.parent.name.endswith("Tr"), path.name
 
 
 def test_pelvis_scanners_differ(written):

@@ -14,7 +14,7 @@ from scipy.interpolate import BSpline
 from scipy.optimize import brentq
 
 from gridreg.grid import control_point_coordinates, voxel_coordinates
-from gridreg.interpolation import GAUSSIAN_WIDTH, METHODS, apply_along_axes, basis, upsample
+from gridreg.interpolation import GAUSSIAN_WIDTH, METHODS, apply_along_axes, basis, upsample, upsample_sigma
 
 GRID, SHAPE = (4, 5, 7), (11, 16, 23)  # no axis is a multiple of its control spacing
 
@@ -180,3 +180,13 @@ def test_wrong_arguments_are_refused():
         upsample(torch.zeros(3, 2, 2, 2), SHAPE)
     with pytest.raises(ValueError, match="shape must be one integer or three"):
         upsample(torch.zeros(1, 3, 2, 2, 2), (5, 5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_upsampled_sigma_is_the_spread_of_upsampled_samples(method):
+    """Monte Carlo: 4000 draws give a standard deviation to about 1 %."""
+    torch.manual_seed(0)
+    sigma = 0.5 + torch.rand(1, 2, 4, 5, 3, dtype=torch.float64)
+    drawn = upsample(sigma * torch.randn(4000, 2, 4, 5, 3, dtype=torch.float64), (9, 7, 8), method)
+    spread = upsample_sigma(sigma, (9, 7, 8), method)
+    assert (drawn.std(0) / spread[0] - 1).abs().max() < 0.06

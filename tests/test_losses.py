@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from gridreg.grid import control_point_coordinates, voxel_coordinates
+from gridreg.grid import control_point_coordinates, voxel_coordinates, warp
 from gridreg.interpolation import METHODS, upsample
-from gridreg.losses import at_control_points, bending_energy, dice, grid_bending_energy, mse
+from gridreg.losses import (NOISE, at_control_points, bending_energy, dice, grid_bending_energy, information,
+                            label_dice, mse, mutual_information, uncertainty)  # fmt: skip
 
 SHAPE = (9, 12, 15)
 GRIDS = [((5, 5, 5), (17, 17, 17)), ((4, 6, 7), (13, 26, 19)), ((2, 3, 9), (8, 11, 9))]
@@ -179,3 +180,65 @@ def test_values_at_control_points_keep_double_precision():
     volume = torch.rand(1, 1, *SHAPE, dtype=torch.float64)
     found = at_control_points(volume, (2, 2, 2))
     assert found.dtype == torch.float64 and torch.equal(found, volume[..., ::8, ::11, ::14])
+
+
+def masks(labels: torch.Tensor, values: list[int]) -> torch.Tensor:
+    return torch.cat([(labels == value).double() for value in values], dim=1)
+
+
+@pytest.mark.parametrize("values", [[1, 3, 5], [2], [4, 9]])
+def test_dice_of_labels_is_the_dice_of_their_masks(values):
+    """Value and gradient, with labels that are absent, not asked for, moved out of the image, or of one case only."""
+    fixed, moving = torch.randint(0, 6, (2, 2, 1, 7, 9, 8))
+    moving[0][moving[0] == 3] = 0
+    field = (3 * torch.randn(2, 3, 7, 9, 8, dtype=torch.float64)).requires_grad_()
+    one = dice(masks(fixed, values), warp(masks(moving, values), field))
+    other = label_dice(fixed.to(torch.int16), moving.to(torch.int16), field, values)
+    torch.testing.assert_close(other, one)
+    gradients = [torch.autograd.grad(loss, field)[0] for loss in (one, other)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert gradients[0].abs().max() > 0
+
+
+def test_dice_of_a_hundred_labels_takes_the_memory_of_one():
+    """What autograd keeps for the backward pass does not grow with the number of labels."""
+    fixed, moving = torch.randint(0, 120, (2, 1, 1, 10, 12, 11))
+    field = torch.randn(1, 3, 10, 12, 11, requires_grad=True)
+
+    def kept(values: list[int]) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            label_dice(fixed, moving, field, values)
+        return sum(sizes)
+
+    assert kept(list(range(1, 120))) < 1.05 * kept([1])
+
+
+def test_mutual_information_does_not_mind_an_inverted_contrast():
+    image = torch.rand(1, 1, 12, 12, 12)
+    aligned, inverted, unrelated = (mutual_information(image, other) for other in (image, 1 - image, image.flip(2)))
+    assert inverted == pytest.approx(aligned.item(), rel=0.02)
+    assert aligned < unrelated - 0.3
+
+
+def test_information_of_a_ramp_is_its_squared_slope():
+    x = voxel_coordinates((8, 9, 10))
+    told = information((0.03 * x[1] - 0.04 * x[2])[None, None])
+    torch.testing.assert_close(told, torch.full((1, 1, 8, 9, 10), 25e-4))
+
+
+def test_uncertainty_is_least_at_the_displacement_that_the_residual_amounts_to():
+    """A ramp of slope s, shifted by d: the best σ² is (s² d² + NOISE²) / (s² + NOISE² / widest²), about d²."""
+    slope, shift, widest = 0.1, 0.8, torch.full((3, 1, 1, 1), 2.0)
+    fixed = slope * voxel_coordinates((12, 12, 12))[0][None, None]
+    best = (slope**2 * shift**2 + NOISE**2) / (slope**2 + NOISE**2 / 4)
+    assert best == pytest.approx(shift**2, rel=0.1)
+
+    def loss(variance: float) -> float:
+        dense = torch.full((1, 3, 12, 12, 12), variance)
+        return uncertainty(fixed, fixed + slope * shift, information(fixed), dense, widest).item()
+
+    assert loss(best) < min(loss(0.8 * best), loss(1.25 * best))
+    flat = torch.full_like(fixed, 0.5)
+    at = [uncertainty(flat, flat, information(flat), torch.full((1, 3, 12, 12, 12), v), widest) for v in (3.5, 4, 4.5)]
+    assert at[1] < min(at[0], at[2])  # widest²

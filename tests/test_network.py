@@ -13,15 +13,15 @@ from gridreg.network import (
     CHANNELS,
     HEAD_CHANNELS,
     HEADS,
-    WINDOW,
     CrossAttention,
     GridReg,
     encoding,
     grid_encoding,
+    level_grid,
     to_windows,
-    window_basis,
-    window_positions,
-    window_tokens,
+    token_basis,
+    token_positions,
+    tokens_a_spacing,
 )
 
 SHAPE = (24, 27, 31)  # odd sizes, no multiples of 16
@@ -114,42 +114,48 @@ def test_encodings_follow_the_order_of_the_grid():
 
 
 @pytest.mark.parametrize(("n", "g"), [(7, 5), (13, 9), (8, 10), (4, 5)])
-def test_window_basis_is_linear_interpolation_where_tokens_are_dense(n, g):
-    m = window_tokens(n, g)
-    assert WINDOW / m * (n - 1) / (g - 1) <= 1  # tokens at most one feature voxel apart: nothing to smooth
+def test_tokens_are_linear_interpolation_where_they_are_dense(n, g):
+    p = tokens_a_spacing(n, g)
+    assert (n - 1) / (g - 1) / p <= 1  # tokens at most one feature voxel apart: nothing to smooth
     values = torch.randn(n)
-    at = window_positions(g, m) * (n - 1)
+    at = token_positions(g, p) * (n - 1) / (g - 1)
     low = at.floor().long().clamp(max=n - 2)
     expected = values[low] + (at - low).float() * (values[low + 1] - values[low])
-    torch.testing.assert_close(window_basis(n, g, m, CPU) @ values, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(token_basis(n, g, p, CPU) @ values, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("g", [2, 5, 8, 10, 15])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 16, 32])
-def test_windows_are_averages_of_near_tokens(n, g):
-    m = window_tokens(n, g)
-    weights = window_basis(n, g, m, CPU)
-    assert weights.shape == (g * m, n) and (weights >= 0).all()
-    torch.testing.assert_close(weights.sum(1), torch.ones(g * m), rtol=0, atol=1e-5)
-    own = torch.arange(g).repeat_interleave(m).double()
-    assert ((window_positions(g, m) * (g - 1) - own).abs() <= WINDOW / 2).all()  # in control-point spacings
-    if n >= g:  # a feature voxel is no wider than a spacing: nothing is seen beyond one window width
-        features = torch.linspace(0, g - 1, n, dtype=torch.float64)
-        assert (weights * ((features - own[:, None]).abs() > WINDOW)).max() < 1e-6
-        assert (weights.sum(0) > 0).all()  # and no feature voxel goes unseen
+def test_tokens_are_averages_of_near_features(n, g):
+    p = tokens_a_spacing(n, g)
+    weights = token_basis(n, g, p, CPU)
+    assert weights.shape == (p * (g + 1), n) and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(p * (g + 1)), rtol=0, atol=1e-5)
+    windows = token_positions(g, p).unfold(0, 2 * p, p)
+    assert windows.shape == (g, 2 * p)
+    assert ((windows - torch.arange(g)[:, None]).abs() < 1).all()  # in control-point spacings
+    if n >= g:  # a feature voxel is no wider than a spacing: none goes unseen
+        assert (weights.sum(0) > 0).all()
 
 
-def test_windows_lie_around_their_own_control_point():
-    """Tokens that hold their own coordinates: a window's mean is then where its control point is."""
+def test_a_column_sees_the_tokens_around_each_of_its_control_points():
+    """Tokens that hold their own coordinates: the mean of those seen is then where the control point is."""
     shape, grid = (7, 10, 13), (5, 7, 9)  # 1.5 feature voxels a spacing
     coordinates = control_point_coordinates(shape, shape)
-    windows = to_windows(torch.stack([coordinates, 2 * coordinates]), grid)
-    assert windows.shape == (2, 5 * 7 * 9, 27, 3)
-    means = windows.mean(2).transpose(1, 2).unflatten(2, grid)
+    tokens, mask = to_windows(torch.stack([coordinates, 2 * coordinates]), grid)
+    seen = mask.unflatten(0, (grid[2], HEADS))[:, 0].exp()  # (gd, N): 1 or 0
+    assert tokens.shape == (2, 5 * 7, seen.shape[1], 3) and (seen.sum(1) == 4**3).all()
+    means = torch.einsum("bcnk,zn->bkcz", tokens, seen / seen.sum(1, keepdim=True)).unflatten(2, grid[:2])
     expected = control_point_coordinates(grid, shape)
     inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))  # windows at the border are cut off
     torch.testing.assert_close(means[0][inner], expected[inner])
     torch.testing.assert_close(means[1][inner], 2 * expected[inner])
+
+
+def test_a_local_level_is_decoded_no_finer_than_it_can_tell():
+    assert level_grid((15, 8, 5), (4, 4, 3)) == (7, 7, 5)
+    assert level_grid((15, 15, 15), (16, 16, 13)) == (15, 15, 15)
+    assert level_grid((5, 5, 5), (1, 2, 3)) == (2, 3, 5)
 
 
 def test_cases_of_a_batch_do_not_mix():

@@ -83,7 +83,7 @@ def test_a_stage_lists_the_notebook_and_the_modules_it_uses(name):
     listed = {Path(dep).stem for dep in deps if dep.startswith("gridreg/")}
     used = closure(imports(code_of(notebook_of(name)))) - NO_DEPENDENCY
     if name == "evaluate_untrained":  # the same notebook, but no weights to read
-        used -= {"checkpoint", "network", "interpolation", "losses"}
+        used -= {"checkpoint", "network", "interpolation", "losses", "fold_free", "refine"}
     assert listed - {"align"} <= closure(imports(code_of(notebook_of(name))))
     missing = used - listed - OPTIONAL.get(name, set())
     assert not missing, f"{name} should list {sorted(missing)}"

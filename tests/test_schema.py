@@ -47,7 +47,7 @@ BAD = [
     ("grids: [[5, 5, 5]]", "grids: [5, 5, 5]", "grids is .*expected a list of sizes"),
     ("grids: [[5, 5, 5]]", "grids: [[5, 5, 99]]", r"the grid \[5, 5, 99\]; expected at most \[.*the shape of prostate"),
     ("upsampling: trilinear", "upsampling: cubic", "upsampling is 'cubic'; expected one of trilinear, bspline, deconv"),
-    ("bayesian: false", "bayesian: 0", "bayesian is 0; expected false"),
+    ("bayesian: false", "bayesian: 0", "bayesian is 0; expected true or false"),
     ("batch: 4", "batch: 0", "batch is 0; expected a whole number of at least 1"),
     ("epochs: null", "epochs: 3", "expected a number for exactly one of them"),
     ("\ntrain:", "\ntrian:", "unknown parameter 'trian'.*nearest: train"),
@@ -114,7 +114,7 @@ def test_small_numbers_may_be_written_as_powers_of_ten(path):
 
 
 def test_a_run_has_its_own_training_values_before_those_of_train():
-    shared = {"steps": 10, "batch": 4, "learning_rate": 1e-3, "validate_every": 1}
+    shared = {"steps": 10, "batch": 4, "learning_rate": 1e-3, "validate_every": 1, "beta2": 0.98, "bending": 1.0}
     params = {"runs": {"a": {"batch": 2}, "b": {"epochs": 5}}, "train": shared}
     assert train_settings(params, "a") == shared | {"epochs": None, "batch": 2}
     assert train_settings(params, "b")["steps"] is None and train_settings(params, "b")["epochs"] == 5

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 SHAPE, SPACING = (20, 24, 18), 4.0
 RUN = {"method": "gridreg", "grids": [[3, 3, 3], [4, 5, 3]], "base_channels": 8, "num_layers": 4, "bayesian": False,
        "upsampling": "trilinear", "projector": True}  # fmt: skip
-SETTINGS = {"steps": 12, "epochs": None, "batch": 2, "learning_rate": 2e-3, "validate_every": 4}
+SETTINGS = {"steps": 12, "epochs": None, "batch": 2, "learning_rate": 2e-3, "beta2": 0.98, "bending": 1.0,
+            "validate_every": 4}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,53 @@
+"""Where the work is done: devices, precision and memory, all from the environment, never from params.yaml.
+
+GRIDREG_ACCELERATOR (cpu, cuda), GRIDREG_DEVICES and GRIDREG_NODES (numbers), GRIDREG_PRECISION (32-true, bf16-mixed, …).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def device() -> torch.device:
+    """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one."""
+    return torch.device(os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe_device(device: torch.device) -> str:
+    """"cpu" or "cuda (NVIDIA …)"."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep the memory that a step frees: the next step wants the same again, a quarter faster."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def launch():
+    """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision."""
+    from lightning_fabric import Fabric  # here, not above: it takes as long to import as PyTorch itself
+
+    accelerator = os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=int(os.environ.get("GRIDREG_DEVICES", 1)),
+        num_nodes=int(os.environ.get("GRIDREG_NODES", 1)),
+        precision=os.environ.get("GRIDREG_PRECISION", "32-true"),
+    )
+    fabric.launch()
+    return fabric
+
+
+def to_tensor(arrays: list[np.ndarray], device: torch.device) -> Tensor:
+    """Volumes (W, H, D) → (B, 1, W, H, D) float32."""
+    return torch.from_numpy(np.stack(arrays)).float()[:, None].to(device)

@@ -3,9 +3,10 @@
 In reading order:
     grid            conventions, warp, transform_points
     interpolation   from control points to a dense displacement field
+    fold_free       control points so bounded that the field cannot fold
     network         the GridReg network
     methods         every method, by name
-    losses, metrics, train, evaluate
+    losses, metrics, devices, checkpoint, train, refine, evaluate
     learn2reg, volumes, resample, align, truth, preprocess, dataset    cohorts in, arrays out
     results, stats, tables, figures                                    per-case results to tables and figures
     subjects, phantom, brain, diffeo, scanner, cohort                  the simulated cohorts
@@ -30,6 +31,8 @@ _HOMES = {
     "warp": "grid",
     "transform_points": "grid",
     "upsample": "interpolation",
+    "upsample_sigma": "interpolation",
+    "refine": "refine",
 }
 _MODULES = ("checkpoint", "losses", "metrics")
 __all__ = ["ROOT", *_HOMES, *_MODULES]

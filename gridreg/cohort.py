@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gridreg.diffeo import STEP_MM, Deformation
-from gridreg.errors import InputError
+from gridreg.errors import InputError, exit_status
 
 from gridreg.subjects import PROFILES, Case, Plan, cases, make, pairs
 
@@ -165,15 +165,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(DESCRIPTIONS), default=list(DESCRIPTIONS))
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     chosen = parser.parse_args(arguments)
-    try:
+
+    def write() -> None:
         for dataset in chosen.only:
             _check_ours(chosen.out / dataset)  # all of them first: nothing is made if one must be refused
         for dataset in chosen.only:
             write_cohort(PROFILES[chosen.profile][dataset], chosen.out, chosen.workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(write)
 
 
 if __name__ == "__main__":

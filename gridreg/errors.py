@@ -1,7 +1,23 @@
-"""One exception for input that cannot be used, so that callers can show its sentence without a traceback."""
+"""One exception for input that cannot be used, and the command lines that show its sentence without a traceback."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
     """A file, parameter or name that cannot be used; the message says what was found and what was expected."""
+
+
+def exit_status(call: Callable[[], object]) -> int:
+    """Do what a command line asks for: 0, or 1 after one line on stderr for an error that is the user's to mend."""
+    try:
+        call()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; expected to be able to read and write it", file=sys.stderr)
+        return 1
+    return 0

@@ -26,7 +26,7 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from gridreg.errors import InputError
+from gridreg.errors import InputError, exit_status
 from gridreg.in_use import set_aside, set_list, skip_missing
 from gridreg.schema import DATASET, EVALUATE, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings, validate
 
@@ -218,16 +218,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="also skip datasets whose folder is not there")
     parser.add_argument("--file", default="params.yaml", type=Path, help="another file than params.yaml")
     options = parser.parse_args()
-    try:
+
+    def switch() -> None:
         for line in update(options.file, options.profile, options.check):
             print(line, file=sys.stderr)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; expected to be able to read and write it", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(switch)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env repro smoke test lab cohort lock
+.PHONY: help env repro benchmark smoke test lab cohort lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,17 +32,19 @@ help: ## Show this list
 env: $(STAMP) ## Make the environment in .venv from requirements.txt (every other target does so, too)
 
 # The stamp is the list that was installed. It goes first and comes last: an interrupted installation is taken up
-# again. An environment whose interpreter is gone is emptied.
-$(STAMP): requirements.txt
-	@if cmp -s requirements.txt "$@"; then touch "$@"; exit; fi; set -e; \
+# again. An environment whose interpreter is gone is emptied. Modules are compiled when they are first imported: most
+# of what is installed never is.
+$(STAMP): requirements.txt requirements-no-deps.txt
+	@if cat $^ | cmp -s - "$@"; then touch "$@"; exit; fi; set -e; \
 	test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found as python3.11 or python3;" \
 		"expected one of them, or its name: make PYTHON=…" >&2; exit 1; }; \
 	rm -f "$@"; \
 	if test -f "$(VENV)/pyvenv.cfg" && ! "$(BIN)/python" -c '' 2>/dev/null; then clear=--clear; fi; \
 	set -x; \
 	"$(PYTHON)" -m venv $$clear "$(VENV)"; \
-	"$(BIN)/python" -m pip install --disable-pip-version-check -r requirements.txt; \
-	cp requirements.txt "$@"
+	"$(BIN)/python" -m pip install --disable-pip-version-check --no-compile -r requirements.txt; \
+	"$(BIN)/python" -m pip install --disable-pip-version-check --no-compile --no-deps -r requirements-no-deps.txt; \
+	cat $^ > "$@"
 
 # The data come with the clone, out of the DVC remote inside the repository.
 DATA = test -d data || "$(BIN)/dvc" pull --quiet data.dvc
@@ -85,6 +87,9 @@ smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is remove
 	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)" BESIDE="train@ evaluate"; \
 	echo "tables and figures, after $$((SECONDS - started)) s:"; \
 	ls -l figures
+
+benchmark: $(STAMP) ## Measure time and memory of every method again (let nothing else run meanwhile)
+	"$(BIN)/dvc" repro --single-item --force benchmark
 
 test: $(STAMP) ## Run every test, among them the whole pipeline in the smoke profile (ARGS="-m 'not slow'" leaves that out)
 	@$(DATA)

@@ -8,6 +8,7 @@ In reading order:
     methods         every method, by name
     losses, metrics, devices, checkpoint, train, refine, evaluate
     learn2reg, volumes, resample, align, truth, preprocess, dataset    cohorts in, arrays out
+    memory, cost, benchmark, cost_report                               what registration costs
     results, stats, tables, figures                                    per-case results to tables and figures
     subjects, phantom, brain, diffeo, scanner, cohort                  the simulated cohorts
     params, schema                                                     params.yaml

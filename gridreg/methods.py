@@ -49,18 +49,39 @@ class VoxelMorph(nn.Module):
         return Registration(flow[:, :, : shape[0], : shape[1], : shape[2]].contiguous())
 
 
-def _voxelmorph(run: dict[str, Any]) -> nn.Module:
-    return VoxelMorph(run["width"], run["levels"])
+def _given(run: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: run[name] for name in names if name in run}
+
+
+def _syn(run: dict[str, Any]) -> nn.Module:
+    from gridreg.pairwise import SyN  # the peers when they are used, not above: their packages take seconds to import
+
+    return SyN(**_given(run, "iterations", "metric", "gradient_step", "flow_sigma", "total_sigma", "affine_stage"))
+
+
+def _transmorph(run: dict[str, Any]) -> nn.Module:
+    from gridreg.transmorph import TransMorph
+
+    return TransMorph(**_given(run, "embed", "convolutions", "drop_path"))
+
+
+def _keymorph(run: dict[str, Any]) -> nn.Module:
+    from gridreg.keymorph import KeyMorph
+
+    return KeyMorph(**_given(run, "keypoints", "layers", "width", "poolings", "align", "tps_lambda"))
 
 
 def _gridreg(run: dict[str, Any]) -> nn.Module:
     names = ("base_channels", "num_layers", "bayesian", "upsampling", "projector", "fold_free")
-    return GridReg(**{name: run[name] for name in names if name in run})
+    return GridReg(**_given(run, *names))
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "identity": lambda run: Identity(),
-    "voxelmorph": _voxelmorph,
+    "syn": _syn,
+    "voxelmorph": lambda run: VoxelMorph(**_given(run, "width", "levels")),
+    "transmorph": _transmorph,
+    "keymorph": _keymorph,
     "gridreg": _gridreg,
 }
 

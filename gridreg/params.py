@@ -28,7 +28,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from gridreg.errors import InputError, exit_status
 from gridreg.in_use import set_aside, set_list, skip_missing
-from gridreg.schema import DATASET, EVALUATE, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings, validate
+from gridreg.schema import BENCHMARK, DATASET, EVALUATE, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings, validate
 
 __all__ = ["load", "validate", "train_settings", "switch_profile", "update"]
 
@@ -78,6 +78,7 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     fill(params["use"], USE)
     fill(params["train"], TRAIN)
     fill(params.setdefault("evaluate", {}), EVALUATE)
+    fill(params.setdefault("benchmark", {}), BENCHMARK)
     for name, values in {**params["datasets"], **params.get("unused", {})}.items():
         fill(values, DATASET)
         values["title"] = values["title"] or name

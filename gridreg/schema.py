@@ -103,6 +103,27 @@ EVALUATE = {
 METHODS = {                                                       # a trained run may give any name of TRAIN, too
     "identity": {},
     "voxelmorph": {"width": default(whole(1), 16), "levels": default(whole(2), 5)},
+    "syn": {
+        "iterations": default(each(whole(0), "a list of whole numbers, coarsest level first"), [40, 20, 0]),
+        "metric": default(choice("mattes", "CC", "meansquares"), "mattes"),
+        "gradient_step": default(number(0, above=True), 0.2),
+        "flow_sigma": default(number(0), 3.0),                    # smoothing of each update, and of the whole field,
+        "total_sigma": default(number(0), 0.0),                   # in voxels squared
+        "affine_stage": default(FLAG, True),
+    },
+    "transmorph": {
+        "embed": default(Rule("a multiple of 4", lambda v: whole(4).holds(v) and v % 4 == 0), 96),
+        "convolutions": default(whole(1, 2), 1),                  # 1: the paper's 41 476 659 parameters; 2: as published
+        "drop_path": default(SHARE, 0.3),
+    },
+    "keymorph": {
+        "keypoints": default(whole(5), 80),
+        "layers": default(whole(4, 9), 9),
+        "width": default(whole(1), 12),
+        "poolings": default(whole(0, 4), 4),                      # at most; images need 2^(poolings + 1) voxels
+        "align": default(choice("tps", "affine"), "tps"),
+        "tps_lambda": default(number(0), 1.0),
+    },
     "gridreg": {
         "grids": SHAPES,                                          # control points; several: one drawn at every step
         "base_channels": default(whole(1), 16),
@@ -114,7 +135,14 @@ METHODS = {                                                       # a trained ru
         "samples": default(whole(1), 1),                          # Monte-Carlo samples a step, for a Bayesian run
     },
 }
-UNTRAINED = ("identity",)
+UNTRAINED = ("identity", "syn")
+BENCHMARK = {
+    "methods": default(each(choice(*METHODS), "a list of methods"), ["gridreg", "voxelmorph"]),  # in their published size
+    "grids": default(SHAPES, [[10, 10, 10]]),                     # control points, for GridReg
+    "shapes": default(SHAPES, [[32, 32, 32]]),                    # voxels of the images
+    "batches": default(each(whole(1), "a list of whole numbers of at least 1", range(100)), []),  # []: no training
+    "limit_seconds": default(number(0, above=True), 60.0),        # a call expected to take longer is left out
+}
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -149,11 +177,12 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
 
     `source` is the file named in the sentence; `profiles` are the known profiles (none: any name will do).
     """
-    sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN, "evaluate": EVALUATE}
+    sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN, "evaluate": EVALUATE,
+                "benchmark": BENCHMARK}
     check_section(params, TOP, str(source), others=sections)
     for section, rules in sections.items():
         where = f"{source}: {section}"
-        if section in ("unused", "evaluate") and section not in params:
+        if section in ("unused", "evaluate", "benchmark") and section not in params:
             continue
         if section not in params:
             raise InputError(f"{where} is missing; expected this section")

@@ -30,7 +30,7 @@ from gridreg.methods import build, grid_name, grid_sizes, parameter_count
 from gridreg.network import Registration
 
 CODE = ["grid", "interpolation", "fold_free", "network", "methods", "losses", "metrics", "dataset", "checkpoint",
-        "devices", "train"]  # fmt: skip
+        "devices", "transmorph", "keymorph", "train"]  # fmt: skip
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; then it falls along a cosine
 RECORD_EVERY = 10  # steps between two rows of history.csv
 

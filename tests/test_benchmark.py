@@ -1,0 +1,294 @@
+"""The benchmark: multiply-adds in closed form, memory of known size, and a reason wherever there is no number."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gridreg import benchmark, cost, memory, methods, network, style
+from gridreg.cost_report import cost_figure, label, left_out, read_benchmark, significant, to_markdown
+from gridreg.errors import InputError
+from gridreg.grid import warp
+from gridreg.network import GridReg, Registration
+
+CPU = torch.device("cpu")
+SHAPES = [(20, 18, 17), (24, 20, 18)]
+
+
+class Dense(nn.Module):
+    """A peer: one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 3, 3, padding=1, bias=False)
+
+    def forward(self, fixed, moving, grid_size=None):
+        return Registration(self.conv(torch.cat([fixed, moving], dim=1)))
+
+
+class Raises(Dense):
+    def forward(self, fixed, moving, grid_size=None):
+        raise RuntimeError("no such kernel\nand a second line")
+
+
+def not_installed(run):
+    raise InputError("method absent: found no package 'absent'")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """A benchmark of the smallest kind, with a peer, one that is not trained, one that raises and one that is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, builder in {"dense": lambda run: Dense(), "raises": lambda run: Raises(), "absent": not_installed}.items():
+            patch.setitem(methods.BUILDERS, name, builder)
+        patch.setattr(cost, "REPEATS", (1, 2))
+        patch.setattr(benchmark, "SMALL", SHAPES[0])
+        names, grids = ["gridreg", "dense", "identity", "raises", "absent"], [(5, 4, 3), (3, 3, 3)]
+        return benchmark.measure(names, SHAPES[::-1], batches=[2], grids=grids)
+
+
+# ---- One call -----------------------------------------------------------------------------------------------------
+
+
+def test_multiply_adds_in_closed_form():
+    conv, linear = nn.Conv3d(2, 4, 3, padding=1), nn.Linear(8, 16)
+    assert cost.count(lambda: conv(torch.rand(1, 2, 5, 6, 7))) == 2 * 4 * 27 * 5 * 6 * 7
+    assert cost.count(lambda: linear(torch.rand(3, 8))) == 3 * 8 * 16
+    assert cost.count(lambda: torch.einsum("ghd,hdc->ghc", torch.rand(5, 2, 3), torch.rand(2, 3, 4))) == 5 * 2 * 3 * 4
+    assert cost.count(lambda: torch.relu(torch.rand(5))) == 0
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_attention_is_counted_on_a_cpu_too(gradient):
+    query, key = torch.rand(1, 2, 8, 4, requires_grad=gradient), torch.rand(1, 2, 16, 4, requires_grad=gradient)
+    product = 2 * 8 * 4 * 16  # multiply-adds of one of its matrix products, both heads
+
+    def call() -> None:
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.FLASH_ATTENTION):
+            attended = F.scaled_dot_product_attention(query, key, key)
+            if gradient:
+                attended.sum().backward()
+
+    assert cost.count(call) == (7 if gradient else 2) * product  # the gradient computes the scores again
+
+
+def test_a_slow_call_is_made_once_and_a_quick_one_again():
+    calls = Counter()
+    slow, _ = cost.cost(lambda: calls.update(["slow"]), CPU, slow=0)
+    quick, _ = cost.cost(lambda: calls.update(["quick"]), CPU)
+    assert calls == {"slow": 1, "quick": 2 + cost.REPEATS[1]}
+    assert (slow.repeats, quick.repeats) == (1, cost.REPEATS[1])
+    assert 0 < quick.seconds_min <= quick.seconds
+
+
+def test_every_part_gets_its_own_time(monkeypatch):
+    """With a clock that only the parts move: encoder 1, decoder 2, upsampling 4, warp 8."""
+    now, shape = [0.0], SHAPES[0]
+
+    def passes(seconds, function):
+        def timed(*args, **kwargs):
+            now[0] += seconds(*args) if callable(seconds) else seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    net = GridReg().eval()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(cost, "warp", passes(8, warp))
+    dense = lambda control_points, size, *_: 4 if size == shape else 0  # the decoder upsamples features as well
+    monkeypatch.setattr(network, "upsample", passes(dense, network.upsample))
+    monkeypatch.setattr(net.encoder[0], "forward", passes(1, net.encoder[0].forward))
+    monkeypatch.setattr(net.decoder[0], "forward", passes(2, net.decoder[0].forward))
+    found = cost.parts(net, benchmark.on_device(shape, CPU), (4, 4, 4), CPU, repeats=2)
+    assert found == dict(zip(cost.PARTS, (1, 2, 4, 8)))
+
+
+def test_the_parts_add_up_to_the_total():
+    net = GridReg().eval()
+    began = time.perf_counter()
+    found = cost.parts(net, benchmark.on_device(SHAPES[0], CPU), (4, 4, 4), CPU, repeats=1)
+    assert all(seconds > 0 for seconds in found.values())
+    assert sum(found.values()) < time.perf_counter() - began
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_state_of_a_training():
+    net = nn.Linear(64, 32, bias=False)
+    adam = torch.optim.Adam(net.parameters())
+    assert cost.state_mb(adam) == 0
+    net(torch.rand(1, 64)).sum().backward()
+    adam.step()
+    numbers = 3 * 64 * 32 + 1  # gradient, two moments, and Adam's count of steps
+    assert cost.state_mb(adam) == pytest.approx(4 * numbers / 2**20)
+
+
+# ---- Memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_memory_of_known_size(sampled):
+    with memory.growth(sampled) as grown:
+        block = np.ones(200 * memory.MB, np.uint8)
+        time.sleep(0.02)
+        del block
+    assert grown.mb == pytest.approx(200, abs=20)
+    with memory.growth(sampled) as grown:
+        pass
+    assert grown.mb < 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep freed memory in their own ways")
+def test_memory_that_the_allocator_kept_counts_as_growth():
+    memory.settle_allocator()
+    held = [bytes(1000) for _ in range(100_000)]
+    del held
+    with memory.growth() as grown:
+        held = [bytes(1000) for _ in range(100_000)]
+        del held
+    assert grown.mb == pytest.approx(100, abs=25)
+
+
+def test_memory_where_the_kernel_keeps_no_peak(monkeypatch):
+    monkeypatch.setattr(memory, "forget_peak", lambda: False)
+    with memory.growth() as grown:
+        block = np.ones(100 * memory.MB, np.uint8)
+        time.sleep(0.02)
+        del block
+    assert grown.mb == pytest.approx(100, abs=20)
+
+
+def test_a_container_may_have_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    whole = memory.available_mb()
+    assert whole > 0
+    (tmp_path / "memory.max").write_text(f"{5 * memory.MB}\n")
+    (tmp_path / "memory.current").write_text(f"{4 * memory.MB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {2 * memory.MB}\n")
+    assert memory.available_mb() == 3
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_mb() > 3
+
+
+# ---- The whole ----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_everything(costs):
+    assert list(costs.columns) == benchmark.COLUMNS
+    assert set(costs["run"]) == {"gridreg-5x4x3", "gridreg-3", "dense", "identity", "raises", "absent", "floor"}
+    assert Counter(costs["run"]) == {"floor": 2} | dict.fromkeys(set(costs["run"]) - {"floor"}, 2 * 2)
+    measured = costs[costs["seconds"].notna() & (costs["run"] != "floor")]
+    assert set(measured["method"]) == {"gridreg", "dense", "identity"}
+    assert (measured["memory_mb"] >= 0).all() and (measured["repeats"] >= 1).all()
+    assert measured.loc[measured["method"] == "gridreg", "parameters"].eq(methods.parameter_count(GridReg())).all()
+    split = costs.loc[(costs["method"] == "gridreg") & (costs["task"] == "register"), cost.PARTS]
+    assert len(split) == 4 and (split > 0).all(axis=None)
+    assert costs.loc[costs["method"] != "gridreg", cost.PARTS].isna().all(axis=None)
+
+
+def test_multiply_adds_of_a_peer(costs):
+    rows = costs[(costs["run"] == "dense") & (costs["task"] == "register")]
+    assert rows["multiply_adds"].tolist() == [2 * 3 * 27 * np.prod(shape) for shape in SHAPES]
+
+
+def test_nothing_is_missing_in_silence(costs):
+    assert (costs.loc[costs["seconds"].isna(), "note"] != "").all()
+    notes = costs.groupby("run")["note"].agg(set)
+    assert notes["raises"] == {"RuntimeError: no such kernel"}
+    assert notes["absent"] == {"method absent: found no package 'absent'"}
+    assert notes["identity"] == {"", "nothing to train"}
+    assert notes["dense"] == notes["gridreg-3"] == {""}
+
+
+def test_the_floor_is_below_every_method(costs):
+    floor = costs[costs["run"] == "floor"].set_index("shape")
+    assert (floor["seconds"] > 0).all()
+    assert floor.loc["20x18x17", "memory_mb"] == pytest.approx(4 * 20 * 18 * 17 / 2**20)
+    others = costs[(costs["run"] != "floor") & costs["seconds"].notna()]
+    assert (others["seconds"] > others["shape"].map(floor["seconds"])).all()
+
+
+def test_what_would_take_too_long_or_too_much_is_left_out(monkeypatch):
+    job = benchmark.Job("gridreg", "train", (5, 5, 5), (10, 10, 10), 4)
+    assert benchmark.refusal((0.01, 0.0), job, 41, CPU) == ""
+    assert benchmark.refusal((0.01, 0.0), job, 39, CPU) == "left out: about 40 s expected, the limit is 39 s"
+    monkeypatch.setattr(benchmark, "available_mb", lambda: 4096.0)
+    assert benchmark.refusal((0.0, 0.8), job, 1, CPU) == ""
+    assert benchmark.refusal((0.0, 1.0), job, 1, CPU) == "left out: about 3.9 GB expected, 4.0 GB are free"
+    assert benchmark.refusal((0.0, float("nan")), job, 1, CPU) == ""
+
+
+def test_running_out_of_memory_has_a_reason():
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 5 bytes"),
+                  torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")):  # fmt: skip
+        assert benchmark.reason(error) == "out of memory"
+
+
+def test_the_images_can_be_registered():
+    fixed, moving = benchmark.image_pair((32, 30, 20))
+    assert fixed.shape == moving.shape == (32, 30, 20) and fixed.dtype == np.float32
+    assert 0 <= min(fixed.min(), moving.min()) and max(fixed.max(), moving.max()) <= 1
+    assert np.abs(fixed - moving).max() > 0.1
+    assert all(np.array_equal(a, b) for a, b in zip((fixed, moving), benchmark.image_pair((32, 30, 20))))
+
+
+# ---- Table and figure ---------------------------------------------------------------------------------------------
+
+
+def test_table(costs, tmp_path):
+    costs.to_csv(tmp_path / "benchmark.csv", index=False)
+    text = to_markdown(read_benchmark(tmp_path / "benchmark.csv"))
+    assert text == to_markdown(costs)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 * (2 + 7) and len({row.count("|") for row in rows}) == 1
+    assert "nan" not in text
+    for expected in ("20×18×17", "training step, batch 2 (ms)", "no such kernel", "memory bandwidth"):
+        assert expected in text
+
+
+def test_labels():
+    labels = {"gridreg-10": "GridReg-10", "gridreg-5x4x3": "GridReg-5×4×3", "voxelmorph": "VoxelMorph", "mine": "mine"}
+    assert {run: label(run) for run in labels} == labels
+
+
+def test_notes_name_their_rows(costs):
+    notes = left_out(costs)
+    assert "Original, training with batch 2: nothing to train." in notes
+    assert "raises; raises, training with batch 2: RuntimeError: no such kernel." in notes
+    one = costs[(costs["run"] != "raises") | (costs["shape"] == "20x18x17") & (costs["task"] == "register")]
+    assert "raises, at 20×18×17: RuntimeError: no such kernel." in left_out(one)
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0, "0"), (0.012345, "0.0123"), (1.5, "1.50"), (12.345, "12.3"), (1234.5, "1,234"), (np.nan, "–")]
+)
+def test_three_digits(value, text):
+    assert significant(value) == text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("trained", [True, False])
+def test_figure(costs, tmp_path, monkeypatch, trained):
+    monkeypatch.setitem(style.RC, "savefig.dpi", 50)
+    frame = costs if trained else costs[costs["task"] == "register"]
+    figure = cost_figure(tmp_path / "benchmark", frame)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.pdf", "benchmark.png"]
+    assert len(figure.axes) == (8 if trained else 4)
+    shown = " ".join(" ".join(text.get_text() for text in figure.findobj(plt.Text)).split())
+    for expected in ("Floor", "dense", "GridReg-5×4×3", "20×18×17", "time per case (s)", "Not measured: absent, raises"):
+        assert expected in shown
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.02, "something is clipped"
+    assert all(ax.get_yscale() == "log" for ax in figure.axes)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
+from gridreg import metrics
 from gridreg.grid import control_point_coordinates
 from gridreg.methods import parameter_count as count
 from gridreg.network import (
@@ -203,3 +205,17 @@ def test_impossible_input_is_refused():
     for layers in (3, 10):
         with pytest.raises(ValueError, match="num_layers must lie between 4 and 9"):
             GridReg(num_layers=layers)
+
+
+def test_a_fold_free_network_cannot_fold_however_large_its_answer():
+    network = GridReg(upsampling="bspline", fold_free=True)
+    torch.nn.init.normal_(network.mean.weight, std=50.0)
+    with torch.no_grad():
+        free = network(*pair(), (6, 5, 7))
+        network.fold_free = False
+        folded = network(*pair(), (6, 5, 7))
+    everywhere = np.ones(SHAPE, bool)
+    percent = [metrics.nondiffeomorphic_percent(r.displacement[0].numpy(), everywhere) for r in (free, folded)]
+    assert percent[0] == 0 and percent[1] > 1
+    with pytest.raises(ValueError, match="fold_free needs upsampling 'bspline', found 'trilinear'"):
+        GridReg(fold_free=True)

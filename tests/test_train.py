@@ -172,3 +172,28 @@ def test_epochs_count_passes_over_the_pairs_or_over_the_subjects():
 def test_the_learning_rate_rises_and_falls():
     rates = [training.learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] < rates[9] and max(rates) <= 1.0 and np.argmax(rates) in range(8, 12) and rates[-1] < 0.01
+
+
+def test_a_bayesian_run_takes_the_same_path_and_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
+    """Its Monte-Carlo samples too are drawn from (seed, step) alone."""
+    run = RUN | {"bayesian": True, "samples": 2}
+    run_training(folder, tmp_path / "whole", tmp_path / "scratch", run=run)
+    steps = iter(range(8))
+    real = training.loss_terms
+
+    def killed(*arguments, **settings):
+        next(steps)  # the ninth step ends in StopIteration
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(training, "loss_terms", killed)
+    with pytest.raises(StopIteration):
+        run_training(folder, tmp_path / "resumed", tmp_path / "scratch", run=run)
+    monkeypatch.setattr(training, "loss_terms", real)
+    run_training(folder, tmp_path / "resumed", tmp_path / "scratch", run=run)
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "resumed"))
+    network, config = load_model(tmp_path / "resumed")
+    data = Preprocessed(folder)
+    images = [torch.from_numpy(data.image(subject))[None, None] for subject in data.pairs("test")[0]]
+    with torch.no_grad():
+        sigma = network(*images, tuple(config["grid"])).sigma
+    assert (sigma > 0).all() and torch.isfinite(sigma).all()

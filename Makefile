@@ -32,8 +32,7 @@ help: ## Show this list
 env: $(STAMP) ## Make the environment in .venv from requirements.txt (every other target does so, too)
 
 # The stamp is the list that was installed. It goes first and comes last: an interrupted installation is taken up
-# again. An environment whose interpreter is gone is emptied. Modules are compiled when they are first imported: most
-# of what is installed never is.
+# again. An environment whose interpreter is gone is emptied.
 $(STAMP): requirements.txt requirements-no-deps.txt
 	@if cat $^ | cmp -s - "$@"; then touch "$@"; exit; fi; set -e; \
 	test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found as python3.11 or python3;" \
@@ -42,8 +41,8 @@ $(STAMP): requirements.txt requirements-no-deps.txt
 	if test -f "$(VENV)/pyvenv.cfg" && ! "$(BIN)/python" -c '' 2>/dev/null; then clear=--clear; fi; \
 	set -x; \
 	"$(PYTHON)" -m venv $$clear "$(VENV)"; \
-	"$(BIN)/python" -m pip install --disable-pip-version-check --no-compile -r requirements.txt; \
-	"$(BIN)/python" -m pip install --disable-pip-version-check --no-compile --no-deps -r requirements-no-deps.txt; \
+	"$(BIN)/python" -m pip install --disable-pip-version-check -r requirements.txt; \
+	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps -r requirements-no-deps.txt; \
 	cat $^ > "$@"
 
 # The data come with the clone, out of the DVC remote inside the repository.

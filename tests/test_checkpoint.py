@@ -90,6 +90,13 @@ def test_impossible_configurations_are_refused(saved, changes):
     assert str(refusal.value).startswith(f"{saved / 'model.json'}: ")
 
 
+def test_a_configuration_without_its_settings_is_refused(saved):
+    """Those left out are the defaults, which are not what the weights were trained with."""
+    (saved / "model.json").write_text('{"run": {"method": "gridreg"}}')
+    with pytest.raises(InputError, match="model.safetensors: .* expected .*model.json"):
+        load_model(saved)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"run": {}}'])
 def test_broken_configurations_are_refused(saved, text):
     (saved / "model.json").write_text(text)

@@ -3,6 +3,7 @@
 All methods get the same images, threads and allocator settings. A row that cannot be measured says why.
     register    network and warp, images on the device, batch 1
     train       one step as in ``train``: images to the device, forward, MSE and bending losses, backward, Adam
+    bending     the bending energy and its gradient alone, of the dense field and from its control points
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gridreg import losses
 from gridreg.cost import PARTS, bandwidth, cost, parts, state_mb, timed, watched
 from gridreg.devices import describe_device, device, to_tensor
 from gridreg.errors import InputError
@@ -28,8 +30,8 @@ from gridreg.interpolation import upsample
 from gridreg.memory import MB, available_mb, settle_allocator
 from gridreg.methods import build, grid_name, parameter_count
 from gridreg.network import GridReg
+from gridreg.objective import loss_terms
 from gridreg.schema import METHODS, REQUIRED
-from gridreg.train import loss_terms
 
 COLUMNS = ["run", "method", "grid", "shape", "task", "batch", "seconds", "seconds_min", "repeats", *PARTS, "memory_mb",
            "peak_mb", "parameters", "multiply_adds", "device", "threads", "note"]  # fmt: skip
@@ -37,6 +39,8 @@ GRIDS = [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15)]
 PUBLISHED = {"voxelmorph": {"width": 16, "levels": 5}}  # what a profile may have made smaller; the others' defaults are
 RUNS = {"syn": "ants-syn"}  # methods that the tables know by another name
 OUTSIDE = {"ants-syn": "works in a process of its own, on one thread; its memory is not measured"}
+BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
+           "bending-grid": losses.grid_bending_energy}  # fmt: skip
 SMALL = (32, 32, 32)  # the pair that starts a method up, and the smallest that all of them take
 SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is made once
 SPARE = 0.8  # share of the available memory that a row may be expected to need
@@ -114,6 +118,17 @@ def floor_row(shape: Shape, speed: float) -> dict[str, Any]:
     return Job("floor", "register", None, shape, 1).row(**values)
 
 
+def bending_row(form: str, grid: Shape, shape: Shape, where: torch.device) -> dict[str, Any]:
+    """Bending energy and its gradient with respect to ``grid`` control points, in one of the forms of ``BENDING``."""
+    control_points = torch.randn((1, 3, *grid), device=where, requires_grad=True)
+
+    def call() -> None:
+        torch.autograd.grad(BENDING[form](control_points, shape), control_points)
+
+    result, multiply_adds = cost(call, where)
+    return Job(form, "bending", grid, shape, 1).row(run=form, multiply_adds=multiply_adds, **vars(result))
+
+
 def refusal(pace: tuple[float, float], job: Job, limit_seconds: float, where: torch.device) -> str:
     """Why a row is not measured, from the seconds and MB a voxel of the same work before; "" if nothing speaks against."""
     seconds, mb = (value * job.voxels for value in pace)
@@ -180,8 +195,8 @@ def method_rows(method: str, jobs: Sequence[Job], limit_seconds: float, where: t
 def measure(
     methods: Iterable[str],
     shapes: Iterable[Sequence[int]],
-    batches: Iterable[int] = (),
-    grids: Iterable[Sequence[int]] = GRIDS,
+    batches: Sequence[int] = (),
+    grids: Sequence[Sequence[int]] = GRIDS,
     limit_seconds: float = 60.0,
 ) -> pd.DataFrame:
     """One row per method, grid, shape, task and batch, with ``COLUMNS``; before them the floor of every shape.
@@ -216,6 +231,8 @@ def measure(
                 progress.update()
             if where.type == "cuda":
                 torch.cuda.empty_cache()
+    grid = tuple(grids[len(grids) // 2])
+    rows += [bending_row(form, grid, shape, where) for shape in shapes for form in BENDING if batches]
     frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
     frame["device"], frame["threads"] = describe_device(where), torch.get_num_threads()
     return frame.fillna({"note": ""})

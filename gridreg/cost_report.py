@@ -74,6 +74,7 @@ def setting(frame: pd.DataFrame) -> str:
 
 def to_markdown(frame: pd.DataFrame) -> str:
     """One pipe table per image size, then what the columns mean and why a cell is empty."""
+    frame, bending = frame[frame["task"] != "bending"], frame[frame["task"] == "bending"]
     batches = sorted(set(frame.loc[frame["task"] == "train", "batch"]))
     heads = ["", "ms a case", "against GridReg", *PARTS.values(), "memory (MB)"]
     heads += [*(["all memory (MB)"] if on_gpu(frame) else []), "parameters", "multiply-adds (10⁹)"]
@@ -98,7 +99,22 @@ def to_markdown(frame: pd.DataFrame) -> str:
                 cells += [significant(step.seconds, 1e3), significant(step.memory_mb)] if step else ["–", "–"]
             text.append(f"| {label(run)} | " + " | ".join(cells) + " |")
         text.append("")
+    text += bending_table(bending)
     return "\n".join([*text, *(f"- {note}" for note in [*definitions(frame, reference), *left_out(frame)]), ""])
+
+
+def bending_table(rows: pd.DataFrame) -> list[str]:
+    """What the bending energy and its gradient cost in either form; nothing where it was not measured."""
+    if rows.empty:
+        return []
+    text = [f"The bending energy of {grid_label(rows['grid'].iloc[0])} control points and its gradient: second derivatives of "
+            "the dense field, or the same number as a quadratic form of the control points", "",
+            "| voxels | dense (ms) | memory (MB) | control points (ms) | memory (MB) |", "|---" * 5 + "|"]  # fmt: skip
+    for shape, pair in rows.groupby("shape", sort=False):
+        cells = [significant(value, factor) for row in pair.sort_values("run").itertuples()
+                 for value, factor in ((row.seconds, 1e3), (row.memory_mb, 1))]  # fmt: skip
+        text.append(f"| {grid_label(shape)} | " + " | ".join(cells) + " |")
+    return [*text, ""]
 
 
 def definitions(frame: pd.DataFrame, reference: str) -> list[str]:
@@ -141,6 +157,7 @@ def cost_figure(path: Path | str, frame: pd.DataFrame) -> Figure:
 
     Rows: time and memory of a registration, then of a training step at the smallest batch that was measured.
     """
+    frame = frame[frame["task"] != "bending"]
     batches = sorted(set(frame.loc[(frame["task"] == "train") & frame["seconds"].notna(), "batch"]))
     panels = [("register", 1, "seconds", "time per case (s)"), ("register", 1, "memory_mb", "peak extra memory (MB)")]
     if batches:

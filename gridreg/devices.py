@@ -37,9 +37,8 @@ def launch():
     """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision."""
     from lightning_fabric import Fabric  # here, not above: it takes as long to import as PyTorch itself
 
-    accelerator = os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     fabric = Fabric(
-        accelerator=accelerator,
+        accelerator=device().type,
         devices=int(os.environ.get("GRIDREG_DEVICES", 1)),
         num_nodes=int(os.environ.get("GRIDREG_NODES", 1)),
         precision=os.environ.get("GRIDREG_PRECISION", "32-true"),

@@ -121,7 +121,8 @@ def evaluate(
     """Per-case results of ``network`` on the test pairs, at each of ``grids``; one row a pair and grid.
 
     chosen      the grid size chosen on validation; the rows of the others are for Figure 8 alone
-    refinement  arguments of ``refine.refine`` for methods with control points; None: what the network answers
+    refinement  arguments of ``refine.refine``, for methods with control points and at the chosen grid; None: what the
+                network answers
     pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases
     """
     where = device()
@@ -129,12 +130,12 @@ def evaluate(
     pairs, rows = data.pairs("test"), []
     first = [data.image(subject) for subject in pairs[0]]
     for grid in grids:
-        register(network, *first, grid, where, refinement)  # warm-up: the first call allocates and fills caches
+        register(network, *first, grid, where)  # warm-up: the first call allocates and fills caches
     for number, (fixed, moving) in enumerate(tqdm(pairs, desc=f"{dataset} {run}", unit="pair", mininterval=2)):
         truth = data.truth(fixed, moving)
         for grid in grids:
             registration, warped, seconds, peak_mb = register(
-                network, data.image(fixed), data.image(moving), grid, where, refinement
+                network, data.image(fixed), data.image(moving), grid, where, refinement if grid == chosen else None
             )
             displacement = registration.displacement[0].cpu().numpy()
             row: dict[str, Any] = {"dataset": dataset, "run": run, "method": method, "grid": grid_name(grid)}

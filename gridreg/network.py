@@ -56,7 +56,7 @@ class EncoderLayer(nn.Module):
 def encoding(coordinates: Tensor) -> Tensor:
     """Sinusoidal positional encoding ψ of normalised coordinates (..., 3) in [-1, 1]: (..., CHANNELS)."""
     octaves = CHANNELS // 6
-    frequencies = torch.pi * 2.0 ** torch.arange(-1, octaves - 1, device=coordinates.device)
+    frequencies = torch.pi * 2.0 ** torch.arange(-1, octaves - 1).to(coordinates)
     phases = (coordinates[..., None] * frequencies).flatten(-2)
     waves = torch.cat([phases.sin(), phases.cos()], dim=-1)
     return F.pad(waves, (0, CHANNELS - waves.shape[-1]), value=1.0)
@@ -64,9 +64,9 @@ def encoding(coordinates: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must serve a training too
-def grid_encoding(grid_size: Shape, device: torch.device) -> Tensor:
+def grid_encoding(grid_size: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """(G, CHANNELS) encodings of the control points; cached per grid size (paper, section 3.1)."""
-    axes = [torch.linspace(-1, 1, g, device=device) for g in grid_size]
+    axes = [torch.linspace(-1, 1, g, device=device, dtype=dtype) for g in grid_size]
     return encoding(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2))
 
 
@@ -87,7 +87,7 @@ def token_positions(g: int, p: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def token_basis(n: int, g: int, p: int, device: torch.device) -> Tensor:
+def token_basis(n: int, g: int, p: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """(p·(g + 1), n) weights that read n equidistant, corners-included values at the tokens' positions.
 
     Linear interpolation, its hat widened to the distance between tokens where that is the larger, so that no
@@ -96,14 +96,14 @@ def token_basis(n: int, g: int, p: int, device: torch.device) -> Tensor:
     voxels = (n - 1) / (g - 1)  # to a control-point spacing
     distance = (token_positions(g, p)[:, None] * voxels - torch.arange(n, dtype=torch.float64)).abs()
     weights = (1 - distance / max(1.0, voxels / p)).clamp(min=0)
-    return (weights / weights.sum(1, keepdim=True)).to(device, torch.float32)
+    return (weights / weights.sum(1, keepdim=True)).to(device, dtype)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def window_basis(n: int, g: int, p: int, device: torch.device) -> Tensor:
+def window_basis(n: int, g: int, p: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """(g·2p, n): the rows of ``token_basis`` window by window."""
-    return token_basis(n, g, p, device).unfold(0, 2 * p, p).transpose(1, 2).reshape(g * 2 * p, n).contiguous()
+    return token_basis(n, g, p, device, dtype).unfold(0, 2 * p, p).transpose(1, 2).reshape(g * 2 * p, n).contiguous()
 
 
 @lru_cache(maxsize=256)
@@ -123,8 +123,9 @@ def to_windows(tokens: Tensor, grid_size: Shape) -> tuple[Tensor, Tensor]:
     their column, which spares most of the memory that windows of their own would take.
     """
     counts = [tokens_a_spacing(n, g) for n, g in zip(tokens.shape[2:], grid_size)]
-    x, y = (window_basis(tokens.shape[2 + a], grid_size[a], counts[a], tokens.device) for a in (0, 1))
-    z = token_basis(tokens.shape[4], grid_size[2], counts[2], tokens.device)
+    like = tokens.device, tokens.dtype
+    x, y = (window_basis(tokens.shape[2 + a], grid_size[a], counts[a], *like) for a in (0, 1))
+    z = token_basis(tokens.shape[4], grid_size[2], counts[2], *like)
     (gw, gh, gd), (mw, mh) = grid_size, (2 * counts[0], 2 * counts[1])
     tokens = z @ tokens.permute(0, 2, 3, 4, 1)  # channels last, so that every copy below moves whole tokens
     batch, _, h, length, channels = tokens.shape
@@ -196,7 +197,8 @@ class DecoderLevel(nn.Module):
     def tokens(self, features: Tensor, carried: Tensor | None, grid_size: Shape) -> Tensor:
         """Ŷ = [P, Y]: projected features with their positions, beside Y carried to those positions: (B, C, w, h, d)."""
         shape = tuple(features.shape[2:])
-        tokens = self.project(features) + grid_encoding(shape, features.device).T.unflatten(1, shape)
+        encodings = grid_encoding(shape, features.device, self.norm.weight.dtype)
+        tokens = self.project(features) + encodings.T.unflatten(1, shape)
         if carried is not None:
             carried = upsample(carried.transpose(1, 2).unflatten(2, grid_size), shape)
             tokens = torch.cat([tokens, carried], dim=1)
@@ -209,7 +211,7 @@ class DecoderLevel(nn.Module):
             tokens, mask = tokens.flatten(2).transpose(1, 2)[:, None], None
         else:
             tokens, mask = to_windows(tokens, grid_size)
-        y = self.attention(grid_encoding(grid_size, features.device), tokens, mask)
+        y = self.attention(grid_encoding(grid_size, features.device, self.norm.weight.dtype), tokens, mask)
         if carried is not None:
             y = y + resize(carried, carried_grid, grid_size)
         return y + self.mlp(self.norm(y))
@@ -278,7 +280,8 @@ class GridReg(nn.Module):
             y, at = level(features[layer], y, at, here), here
         y = resize(y, at, grid_size)
         with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
-            y, half = y.float(), torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half widths
+            y = y.to(self.mean.weight.dtype)
+            half = torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half widths
             control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
             if self.fold_free:
                 control_points = bounded(control_points, shape)

@@ -28,9 +28,10 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from gridreg.errors import InputError, exit_status
 from gridreg.in_use import set_aside, set_list, skip_missing
-from gridreg.schema import BENCHMARK, DATASET, EVALUATE, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings, validate
+from gridreg.schema import BENCHMARK, DATASET, EVALUATE, METHODS, REQUIRED, TRAIN, USE, Rule
+from gridreg.schema import refuse_unknown, train_settings, training_arguments, validate
 
-__all__ = ["load", "validate", "train_settings", "switch_profile", "update"]
+__all__ = ["load", "validate", "train_settings", "training_arguments", "switch_profile", "update"]
 
 ABSENT = object()
 

@@ -267,3 +267,9 @@ def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[s
             if settings[name] is not None:
                 settings[name] = max(1, round(settings[name] * params["datasets"][dataset]["budget"]))
     return settings
+
+
+def training_arguments(params: dict, dataset: str, run: str) -> dict[str, Any]:
+    """What ``train.train`` needs to know of one run on one dataset, beside the data and where to write."""
+    block = {name: params["datasets"][dataset][name] for name in ("similarity", "bending_weight", "dice_weight")}
+    return {"run": params["runs"][run], "settings": train_settings(params, run, dataset), "seed": params["seed"]} | block

@@ -1,15 +1,22 @@
 """One training function for every learned method (paper, sections 3.3 and 4.3): Adam, the best step chosen on validation.
 
-A training that was interrupted goes on where it stood and ends with the same weights: every step draws its pairs and
-its grid from (seed, step) alone, and the state is kept in a scratch folder named by a hash of data, settings and code.
+A training that was interrupted goes on where it stood and ends with the same weights: whatever a step draws, it draws
+from (seed, step) alone, and the state is kept in a scratch folder named by a hash of data, settings and code.
+
+    python -m gridreg.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
+    python -m gridreg.train --number 7              the run of that number in --list, for a task of a job array
+
+leave a finished training in the scratch folder, where the pipeline finds it and trains nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,17 +27,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gridreg import losses, metrics
+from gridreg import losses, metrics, params
 from gridreg.checkpoint import fingerprint, load_model, read_tensors, save_model, write_tensors, write_text
 from gridreg.dataset import Preprocessed
 from gridreg.devices import describe_device, keep_memory, launch, to_tensor
+from gridreg.errors import InputError, exit_status
 from gridreg.grid import Shape, warp
-from gridreg.interpolation import upsample, upsample_sigma
 from gridreg.methods import build, grid_name, grid_sizes, parameter_count
-from gridreg.network import Registration
+from gridreg.objective import loss_terms
 
 CODE = ["grid", "interpolation", "fold_free", "network", "methods", "losses", "metrics", "dataset", "checkpoint",
-        "devices", "transmorph", "keymorph", "train"]  # fmt: skip
+        "devices", "objective", "transmorph", "keymorph", "train"]  # fmt: skip
+SCRATCH = Path(".scratch")  # of unfinished trainings, and of finished ones that wait for the pipeline
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; then it falls along a cosine
 RECORD_EVERY = 10  # steps between two rows of history.csv
 
@@ -41,76 +49,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def draw(data: Preprocessed, pairs: list, grids: list, batch: int, seed: int, step: int, rank: int):
-    """One step's pairs and grid size: other pairs on every device, the same grid on all."""
+def draw(pairs: list, grids: list, batch: int, seed: int, step: int, rank: int) -> tuple[list, Shape | None]:
+    """One step's pairs and grid size: other pairs on every device, the same grid on all.
+
+    It also seeds what else the step draws: Monte-Carlo samples, dropped paths.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1)[0]))
     chosen = np.random.default_rng([seed, step, rank]).integers(len(pairs), size=batch)
     return [pairs[i] for i in chosen], grids[np.random.default_rng([seed, step]).integers(len(grids))]
-
-
-def similarity_loss(
-    network: nn.Module,
-    registration: Registration,
-    fixed: Tensor,
-    moving: Tensor,
-    similarity: str,
-    samples: int,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Similarity at image level, and at the control points where there are any (paper, section 3.3): a scalar.
-
-    At the control points it is always the MSE: they have no neighbourhood to correlate over.
-
-    For a Bayesian registration the uncertainty-weighted loss (equation 2) is added. It draws ``samples`` displacements
-    on the grid, T = μ + σ ε, and teaches σ alone: μ learns from the loss it would have without σ. Were it to learn
-    from the samples, a σ beyond the size of the texture would hide the image from it, and then have every reason to
-    grow. The loss has the weight of one mean squared residual, so that the other weights keep their meaning.
-    """
-    warped = warp(moving, registration.displacement)
-    total = losses.SIMILARITIES[similarity](fixed, warped)
-    if registration.control_points is None:
-        return total
-    mean, sigma = registration.control_points, registration.sigma
-    grid, shape = tuple(mean.shape[2:]), tuple(fixed.shape[2:])
-    total = total + losses.mse(*(losses.at_control_points(volume, grid) for volume in (fixed, warped)))
-    if sigma is None:
-        return total
-    told, widest = losses.information(fixed), losses.WIDEST * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)
-    dense_variance = upsample_sigma(sigma, shape, network.upsampling).square()
-    weight = losses.mse(fixed, warped).detach() / samples
-    for _ in range(samples):
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        sample = warp(moving, upsample(mean.detach() + sigma * noise, shape, network.upsampling))
-        at_grid = [losses.at_control_points(volume, grid) for volume in (fixed, sample, told)]
-        total = total + weight * losses.uncertainty(fixed, sample, told, dense_variance, widest)
-        total = total + weight * losses.uncertainty(*at_grid, sigma.square(), widest)
-    return total
-
-
-def loss_terms(
-    network: nn.Module,
-    data: Preprocessed,
-    pairs: list,
-    grid: Shape | None,
-    device: torch.device,
-    *,
-    similarity: str,
-    dice: bool,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
-    """Similarity, Dice and bending losses of one batch (paper, section 3.3), each a scalar."""
-    fixed, moving = (to_tensor([data.image(pair[side]) for pair in pairs], device) for side in (0, 1))
-    registration: Registration = network(fixed, moving, grid)
-    terms = {"similarity": similarity_loss(network, registration, fixed, moving, similarity, samples, generator)}
-    if grid is None:
-        terms["bending"] = losses.bending_energy(registration.displacement)
-    else:
-        terms["bending"] = losses.grid_bending_energy(registration.control_points, data.shape, network.upsampling)
-    if dice:
-        maps = [torch.from_numpy(np.stack([data.labels(p[side]) for p in pairs]))[:, None].to(device) for side in (0, 1)]
-        values = sorted(int(value) for value in data.index["labels"])
-        terms["dice_loss"] = losses.label_dice(*maps, registration.displacement, values)
-    return terms
 
 
 @torch.no_grad()
@@ -131,6 +77,15 @@ def validate(network: nn.Module, data: Preprocessed, grids: list, device) -> dic
             scores[grid_name(grid)].append(score)
     network.train()
     return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def choose_grid(network: nn.Module, data: Preprocessed, grids: list, device) -> tuple[Shape | None, dict[str, float]]:
+    """The grid size with the best validation score (paper, section 3.1), and the score of each of ``grids`` by name.
+
+    ``grids`` may be any sizes, not only those of the training; the first of equals is chosen.
+    """
+    scores = validate(network, data, grids, device)
+    return max(grids, key=lambda grid: scores[grid_name(grid)]), scores
 
 
 def total_steps(settings: dict[str, Any], pairs: int, subjects: int) -> int:
@@ -180,43 +135,26 @@ class State:
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": moments})
 
 
-def train(
+def optimise(
+    fabric: Any,
     data: Preprocessed,
     run: dict[str, Any],
     settings: dict[str, Any],
-    out: Path | str,
+    out: Path,
     *,
     seed: int,
     similarity: str,
     bending_weight: float,
     dice_weight: float,
-    scratch: Path | str = ".scratch",
-) -> dict[str, Any]:
-    """Train one run on the training pairs of ``data`` and write it to ``out``; returns what metrics.json holds.
-
-    run         a run of params.yaml: method and its settings, as ``methods.build`` takes it
-    settings    steps or epochs, batch, learning_rate (peak), beta2 (of Adam), bending (times bending_weight),
-                validate_every (steps)
-    similarity  "mse" (the paper's), "ncc" or "mi"
-    out         gets model.safetensors, model.json, history.csv and metrics.json
-
-    The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
-    model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
-    """
+) -> None:
+    """The training itself, for ``train``; writes ``out`` whole or not at all, its state until then beside it."""
     keep_memory()
-    fabric = launch()
     torch.manual_seed(seed)
     network, grids, pairs = build(run), grid_sizes(run), data.pairs("train")
     steps = total_steps(settings, len(pairs), len(data.subjects("train")))
-    optimiser = torch.optim.Adam(
-        network.parameters(), lr=settings["learning_rate"], betas=(0.9, settings["beta2"])
-    )
-    code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    weights = (similarity, bending_weight, dice_weight)
-    key = fingerprint(data.index, run, settings, seed, weights, fabric.world_size, files=code)
-    folder = Path(scratch) / key
-    folder.mkdir(parents=True, exist_ok=True)
-    state = State(network, optimiser, folder)
+    optimiser = torch.optim.Adam(network.parameters(), lr=settings["learning_rate"], betas=(0.9, settings["beta2"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = State(network, optimiser, out.parent)
     state.resume()
     start, step_seconds = state.step, []
     wrapped, optimiser = fabric.setup(network, optimiser)
@@ -225,14 +163,12 @@ def train(
 
     for step in range(start, steps):
         began = time.perf_counter()
-        chosen, grid = draw(data, pairs, grids, settings["batch"], seed, step, fabric.global_rank)
-        entropy = np.random.SeedSequence([seed, step, fabric.global_rank, 1])  # of the Monte-Carlo samples
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        chosen, grid = draw(pairs, grids, settings["batch"], seed, step, fabric.global_rank)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings["learning_rate"])
         terms = loss_terms(
             wrapped, data, chosen, grid, fabric.device, similarity=similarity, dice=dice_weight > 0,
-            samples=run.get("samples", 1), generator=generator,
+            samples=run.get("samples", 1),
         )
         loss = terms["similarity"] + bending_weight * settings["bending"] * terms["bending"]
         loss = loss + dice_weight * terms.get("dice_loss", 0)
@@ -256,14 +192,13 @@ def train(
             fabric.barrier()
     progress.close()
     if not fabric.is_global_zero:
-        return {}
+        return
 
     network.load_state_dict(state.best)
-    scores = validate(network, data, grids, fabric.device)
-    best_grid = max(grids, key=lambda grid: scores[grid_name(grid)])
+    grid, scores = choose_grid(network, data, grids, fabric.device)
     result = {
-        "val_dice": scores[grid_name(best_grid)],
-        "grid": grid_name(best_grid),
+        "val_dice": scores[grid_name(grid)],
+        "grid": grid_name(grid),
         "best_step": state.best_step,
         "steps": steps,
         "batch": settings["batch"] * fabric.world_size,
@@ -273,9 +208,81 @@ def train(
         "devices": fabric.world_size,
         "precision": os.environ.get("GRIDREG_PRECISION", "32-true"),
     }
-    out = Path(out)
-    save_model(out, network.cpu(), {"run": run, "grid": best_grid, "val_dice": scores, "training": result})
-    pd.DataFrame(state.history).to_csv(out / "history.csv", index=False)
-    write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(folder)
+    unfinished = out.with_name(f"un{out.name}")
+    save_model(unfinished, network.cpu(), {"run": run, "grid": grid, "val_dice": scores, "training": result})
+    pd.DataFrame(state.history).to_csv(unfinished / "history.csv", index=False)
+    write_text(unfinished / "metrics.json", json.dumps(result, indent=2) + "\n")
+    unfinished.rename(out)
+    state.file.unlink()
+
+
+def train(
+    data: Preprocessed,
+    run: dict[str, Any],
+    settings: dict[str, Any],
+    out: Path | str | None,
+    *,
+    seed: int,
+    similarity: str,
+    bending_weight: float,
+    dice_weight: float,
+    scratch: Path | str = SCRATCH,
+) -> dict[str, Any]:
+    """Train one run on the training pairs of ``data`` and write it to ``out``; returns what metrics.json holds.
+
+    run         a run of params.yaml: method and its settings, as ``methods.build`` takes it
+    settings    steps or epochs, batch, learning_rate (peak), beta2 (of Adam), bending (times bending_weight),
+                validate_every (steps)
+    similarity  "mse" (the paper's), "ncc" or "mi"
+    out         gets model.safetensors, model.json, history.csv and metrics.json; None: they wait in ``scratch``, and
+                the next call with the same arguments and an ``out`` moves them there
+
+    The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
+    model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
+    """
+    code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    images = [path for kind in ("images", "labels") for path in sorted((data.folder / kind).glob("*.nii.gz"))]
+    key = fingerprint(data.index, run, settings, seed, similarity, bending_weight, dice_weight, files=code + images)
+    finished = next(Path(scratch).glob(f"{key}-*/finished"), None)
+    if finished is None:
+        fabric = launch()
+        finished = Path(scratch) / f"{key}-{fabric.world_size}" / "finished"
+        weights = {"similarity": similarity, "bending_weight": bending_weight, "dice_weight": dice_weight}
+        optimise(fabric, data, run, settings, finished, seed=seed, **weights)
+        if not fabric.is_global_zero:
+            return {}
+    result = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+    if out is not None:
+        shutil.copytree(finished, out, dirs_exist_ok=True)
+        shutil.rmtree(finished.parent)
     return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m gridreg.train", description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", nargs="?", help="a name under use.datasets in params.yaml")
+    parser.add_argument("run", nargs="?", help="a name under use.trained")
+    parser.add_argument("--number", type=int, help="instead of both: a number of --list")
+    parser.add_argument("--list", action="store_true", help="every training of params.yaml, with its number")
+    options = parser.parse_args()
+
+    def start() -> None:
+        values = params.load()
+        trainings = [(d, r) for d in values["use"]["datasets"] for r in values["use"]["trained"]]
+        if options.list:
+            print(*(f"{number} {dataset} {run}" for number, (dataset, run) in enumerate(trainings)), sep="\n")
+            return
+        number, asked = options.number, (options.dataset, options.run)
+        if number is not None and 0 <= number < len(trainings):
+            asked = trainings[number]
+        if asked not in trainings:
+            found = f"number {number}" if number is not None else " ".join(name or "nothing" for name in asked)
+            raise InputError(f"params.yaml: no training is called {found}; expected one of python -m gridreg.train --list")
+        dataset, run = asked
+        train(Preprocessed(f"results/preprocess/{dataset}"), out=None, **params.training_arguments(values, dataset, run))
+
+    return exit_status(start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +22,7 @@ from gridreg import train as training
 from gridreg.checkpoint import load_model, read_tensors
 from gridreg.dataset import Preprocessed
 from gridreg.evaluate import evaluate, load_run, summary
+from gridreg.network import Registration
 from gridreg.volumes import write_field_mm, write_volume
 
 ROOT = Path(__file__).parents[1]
@@ -197,3 +200,75 @@ def test_a_bayesian_run_takes_the_same_path_and_resumes_to_the_same_weights(fold
     with torch.no_grad():
         sigma = network(*images, tuple(config["grid"])).sigma
     assert (sigma > 0).all() and torch.isfinite(sigma).all()
+
+
+def test_the_grid_is_chosen_on_validation_from_any_sizes(folder):
+    """Of control points that read a known field, the grid that can hold it scores best; of equals the first is taken."""
+    data = Preprocessed(folder)
+    fixed, moving = data.pairs("val")[0]
+    field = torch.from_numpy(data.truth(fixed, moving)[0])[None]
+
+    class Known(torch.nn.Module):
+        def forward(self, fixed, moving, grid):
+            return Registration(field * (grid == (6, 2, 5)))
+
+    grids = [(3, 3, 3), (6, 2, 5), (4, 5, 3)]
+    chosen, scores = training.choose_grid(Known(), data, grids, torch.device("cpu"))
+    assert chosen == (6, 2, 5) and set(scores) == {"3x3x3", "6x2x5", "4x5x3"} and scores["6x2x5"] > scores["3x3x3"]
+    assert training.choose_grid(Known(), data, grids[::2], torch.device("cpu"))[0] == (3, 3, 3)
+
+
+def test_a_training_without_an_out_waits_and_is_adopted_without_training(folder, tmp_path, monkeypatch):
+    run_training(folder, tmp_path / "direct", tmp_path / "elsewhere")
+    run_training(folder, None, tmp_path / "scratch")
+    (kept,) = (tmp_path / "scratch").iterdir()
+    assert [path.name for path in kept.iterdir()] == ["finished"]
+    monkeypatch.setattr(training, "optimise", None)
+    result = run_training(folder, tmp_path / "adopted", tmp_path / "scratch")
+    assert result["steps"] == SETTINGS["steps"] and not any((tmp_path / "scratch").iterdir())
+    assert same(weights_of(tmp_path / "direct"), weights_of(tmp_path / "adopted"))
+
+
+def test_changed_images_are_another_training(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "preprocessed")
+    run_training(copy, None, tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
+    file = next((copy / "images").glob("*.nii.gz"))
+    image = nibabel.load(file)
+    write_volume(file, 0.5 * image.get_fdata(dtype=np.float32), image.affine)
+    run_training(copy, None, tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
+    assert len(list((tmp_path / "scratch").iterdir())) == 2
+
+
+SEVERAL = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_train as t
+t.run_training(Path({folder!r}), None, Path({scratch!r}))
+"""
+
+
+def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):
+    """Each draws pairs of its own, and both end with the same weights: those of the mean gradient."""
+    script = tmp_path / "train.py"
+    script.write_text(SEVERAL.format(tests=str(ROOT / "tests"), folder=str(folder), scratch=str(tmp_path / "scratch")))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GRIDREG_DEVICES": "2",
+                                "GRIDREG_ACCELERATOR": "cpu"}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = run_training(folder, tmp_path / "adopted", tmp_path / "scratch")
+    assert (result["devices"], result["batch"]) == (2, 2 * SETTINGS["batch"])
+    settings = SETTINGS | {"batch": 2 * SETTINGS["batch"]}
+    with pytest.MonkeyPatch.context() as patch:  # the same pairs in one process
+
+        def draw(pairs, grids, batch, seed, step, rank):
+            halves = [real(pairs, grids, batch // 2, seed, step, rank) for rank in (0, 1)]
+            return halves[0][0] + halves[1][0], halves[0][1]
+
+        real = training.draw
+        patch.setattr(training, "draw", draw)
+        run_training(folder, tmp_path / "alone", tmp_path / "elsewhere", settings=settings)
+    alone, adopted = weights_of(tmp_path / "alone"), weights_of(tmp_path / "adopted")
+    for name in alone:
+        torch.testing.assert_close(adopted[name], alone[name], rtol=0.05, atol=2e-3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gridreg.grid import warp
 from gridreg.interpolation import upsample, upsample_sigma
 from gridreg.network import GridReg
-from gridreg.train import similarity_loss
+from gridreg.objective import similarity_loss
 
 SHAPE = (24, 24, 20)
 
@@ -35,7 +35,7 @@ def trained() -> GridReg:
     optimiser = torch.optim.Adam(network.parameters(), lr=2e-3)
     for _ in range(80):
         fixed, moving = half_textured(generator, 2)
-        loss = similarity_loss(network, network(fixed, moving, 6), fixed, moving, "mse", 1, generator)
+        loss = similarity_loss(network, network(fixed, moving, 6), fixed, moving, "mse", 1)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

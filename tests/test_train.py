@@ -237,38 +237,3 @@ def test_changed_images_are_another_training(folder, tmp_path):
     write_volume(file, 0.5 * image.get_fdata(dtype=np.float32), image.affine)
     run_training(copy, None, tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
     assert len(list((tmp_path / "scratch").iterdir())) == 2
-
-
-SEVERAL = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import test_train as t
-t.run_training(Path({folder!r}), None, Path({scratch!r}))
-"""
-
-
-def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):
-    """Each draws pairs of its own, and both end with the same weights: those of the mean gradient."""
-    script = tmp_path / "train.py"
-    script.write_text(SEVERAL.format(tests=str(ROOT / "tests"), folder=str(folder), scratch=str(tmp_path / "scratch")))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GRIDREG_DEVICES": "2",
-                                "GRIDREG_ACCELERATOR": "cpu"}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = run_training(folder, tmp_path / "adopted", tmp_path / "scratch")
-    assert (result["devices"], result["batch"]) == (2, 2 * SETTINGS["batch"])
-    settings = SETTINGS | {"batch": 2 * SETTINGS["batch"]}
-    with pytest.MonkeyPatch.context() as patch:  # the same pairs in one process
-
-        def draw(pairs, grids, batch, seed, step, rank):
-            halves = [real(pairs, grids, batch // 2, seed, step, rank) for rank in (0, 1)]
-            return halves[0][0] + halves[1][0], halves[0][1]
-
-        real = training.draw
-        patch.setattr(training, "draw", draw)
-        run_training(folder, tmp_path / "alone", tmp_path / "elsewhere", settings=settings)
-    alone, adopted = weights_of(tmp_path / "alone"), weights_of(tmp_path / "adopted")
-    for name in alone:
-        torch.testing.assert_close(adopted[name], alone[name], rtol=0.05, atol=2e-3)

@@ -50,6 +50,13 @@ def or_null(rule: Rule) -> Rule:
     return Rule(rule.expected + ", or null", lambda v: v is None or rule.holds(v))
 
 
+def by_dataset(rule: Rule) -> Rule:
+    def holds(v: Any) -> bool:
+        return all(map(rule.holds, v.values())) if isinstance(v, dict) else rule.holds(v)
+
+    return Rule(rule.expected + ", or a mapping from datasets to such", holds)
+
+
 def default(rule: Rule, value: Any) -> Rule:
     """May be left out, then it is `value`; where that is null, null may also be written."""
     return (or_null(rule) if value is None else rule)._replace(default=value)
@@ -97,6 +104,7 @@ TRAIN = {
     "bending": default(number(0), 1.0),                           # times the dataset's bending_weight
     "validate_every": whole(1),                                   # steps
 }
+TUNED = ("learning_rate", "bending")                              # a run may give one for each dataset by name
 EVALUATE = {
     "refine_steps": default(whole(0), 0),                         # of instance refinement, for methods with a grid
 }
@@ -149,7 +157,8 @@ BENCHMARK = {
 def run_rules(method: str) -> dict[str, Rule]:
     """The schema of a run of `method`; the names of TRAIN have no default there, `train` is theirs."""
     own = {"method": choice(*METHODS), **METHODS[method]}
-    return own if method in UNTRAINED else own | {name: default(rule, None) for name, rule in TRAIN.items()}
+    rules = TRAIN | {name: by_dataset(TRAIN[name]) for name in TUNED}
+    return own if method in UNTRAINED else own | {name: default(rule, None) for name, rule in rules.items()}
 
 
 def refuse_unknown(name: Any, known: Iterable[str], what: str, where: str) -> None:
@@ -210,6 +219,9 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
         if values.get("fold_free") and values.get("upsampling") != "bspline":
             raise InputError(f"{where}: fold_free is true and upsampling {values.get('upsampling', 'trilinear')}; "
                              "expected bspline, for which the bound holds")
+        for tuned in TUNED:
+            for dataset in values[tuned] if isinstance(values.get(tuned), dict) else ():
+                refuse_unknown(dataset, [*params["datasets"], *params.get("unused", {})], "dataset", f"{where}.{tuned}")
         if values["method"] not in UNTRAINED:
             budget = train_settings(params, name)
             if (budget["steps"] is None) == (budget["epochs"] is None):
@@ -255,9 +267,10 @@ def check_use(params: dict, source: str | Path) -> None:
 def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[str, Any]:
     """The training values of a run: its own where given, else those of `train`; its steps or epochs replace both.
 
-    With a dataset, its `budget` multiplies them.
+    With a dataset, its `budget` multiplies them, and what the run has for this dataset alone is taken.
     """
     own = {name: params["runs"][run].get(name) for name in TRAIN}
+    own |= {name: own[name].get(dataset) for name in TUNED if isinstance(own[name], dict)}
     shared = {name: params["train"].get(name, rule.default) for name, rule in TRAIN.items()}
     if own["steps"] is not None or own["epochs"] is not None:
         shared["steps"] = shared["epochs"] = None

@@ -120,6 +120,20 @@ def test_a_run_has_its_own_training_values_before_those_of_train():
     assert train_settings(params, "b")["steps"] is None and train_settings(params, "b")["epochs"] == 5
 
 
+def test_a_run_may_have_a_value_for_each_dataset(path):
+    edit(path, "    method: voxelmorph\n", "    method: voxelmorph\n    bending: {brain: 4, pelvis: 0.5}\n    learning_rate: {brain: 0.1}\n")
+    params = load(path)
+    found = {name: train_settings(params, "voxelmorph", name) for name in ("prostate", "pelvis", "brain")}
+    assert [values["bending"] for values in found.values()] == [1.0, 0.5, 4]
+    assert [values["learning_rate"] for values in found.values()] == [0.002, 0.002, 0.1]
+    edit(path, "{brain: 4,", "{brian: 4,")
+    with pytest.raises(InputError, match=r"runs.voxelmorph.bending: unknown dataset 'brian'; .* \(nearest: brain\)"):
+        load(path)
+    edit(path, "{brian: 4,", "{brain: -4,")
+    with pytest.raises(InputError, match="bending is .* expected a number of at least 0, or a mapping from datasets to such"):
+        load(path)
+
+
 def test_validate_leaves_its_argument_alone(path):
     params = load(path)
     before = copy.deepcopy(params)

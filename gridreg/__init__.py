@@ -6,10 +6,10 @@ In reading order:
     fold_free       control points so bounded that the field cannot fold
     network         the GridReg network
     methods         every method, by name
-    losses, metrics, devices, checkpoint, train, refine, evaluate
+    losses, metrics, devices, checkpoint, objective, train, refine, evaluate
     learn2reg, volumes, resample, align, truth, preprocess, dataset    cohorts in, arrays out
     memory, cost, benchmark, cost_report                               what registration costs
-    results, stats, tables, figures                                    per-case results to tables and figures
+    results, stats, tables, figures, panels, architecture              per-case results to tables and figures
     subjects, phantom, brain, diffeo, scanner, cohort                  the simulated cohorts
     params, schema                                                     params.yaml
 

@@ -12,7 +12,10 @@ import pandas as pd
 import pytest
 
 from gridreg import figures, panels, style
+from gridreg.architecture import architecture_figure, sizes
 from gridreg.errors import InputError
+from gridreg.landmark_figures import landmark_figure
+from gridreg.network import GridReg
 from gridreg.results import RUN_LABELS
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph or a failed layout is a warning of matplotlib
@@ -236,3 +239,35 @@ def test_equal_figures_are_equal_files(tmp_path):
 def test_every_run_has_a_colour_of_its_own():
     assert set(style.COLOURS) == set(RUN_LABELS) and len(set(style.COLOURS.values())) == len(RUN_LABELS)
     assert style.colour("something-new") == "#444444"
+
+
+# ---- Architecture and landmarks -----------------------------------------------------------------------------------
+
+
+def test_the_architecture_is_drawn_from_a_forward_pass(tmp_path):
+    network = GridReg(num_layers=6, base_channels=8, projector=False)
+    found = sizes(network, (36, 20, 24), (3, 4, 5))
+    assert found["encoder"] == {1: (8, 18, 10, 12), 2: (16, 9, 5, 6), 3: (16, 5, 3, 3), 4: (32, 3, 2, 2), 5: (32, 3, 2, 2),
+                                6: (64, 3, 2, 2)}  # fmt: skip
+    assert found["decoder"] == {6: (12, 60)}  # all tokens of layer 6, 60 control points
+    assert sum(found["parameters"].values()) == sum(p.numel() for p in network.parameters())
+    local = sizes(GridReg(), (64, 64, 51), (10, 10, 10))
+    assert local["decoder"][5] == (4 * 4 * 4, 1000) and local["decoder"][2][1] == 1000 and local["decoder"][2][0] < 1000
+    figure = architecture_figure(tmp_path / "figure2", (36, 20, 24), (3, 4, 5), network)
+    shown = " ".join(" ".join(text.get_text() for text in figure.findobj(plt.Text)).split())
+    for expected in ("layer 6 64 × 3×2×2", "all 12 tokens", "heads: μ of the", "3 × 36×20×24"):
+        assert expected in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure2.pdf", "figure2.png"]
+
+
+def test_landmarks_are_marked_where_they_are(tmp_path):
+    image, labels = make_volume()
+    points = {"fixed": {"a": np.array([2.0, 3, 4]), "b": np.array([5.0, 6, 7]), "only": np.zeros(3)},
+              "moving": {"b": np.array([5.0, 9, 3]), "a": np.array([2.0, 3, 4])}}  # fmt: skip
+    both = [dict.fromkeys(("fixed", "moving"), value) for value in (image, labels)]
+    figure = landmark_figure(tmp_path / "figure3", both[0], points, both[1], 2.0, "A pair (simulated)", "Simulated.")
+    marks = [[line.get_xydata()[0].tolist() for line in ax.get_lines()] for ax in figure.axes]
+    assert marks == [[[2, 3]], [[5, 6]], [[2, 3]], [[5, 9]]]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "0.0 mm away", "10.0 mm away"]
+    with pytest.raises(InputError, match="no landmark is in both images"):
+        landmark_figure(tmp_path / "none", both[0], {"fixed": {"a": 0}, "moving": {}}, both[1], 2.0, "", "")

@@ -18,9 +18,11 @@ from gridreg.checkpoint import load_model
 from gridreg.dataset import Preprocessed
 from gridreg.devices import describe_device, device, to_tensor
 from gridreg.grid import Shape, warp
+from gridreg.interpolation import upsample_sigma
 from gridreg.methods import build, grid_name, grid_sizes
 from gridreg.network import Registration
 from gridreg.refine import refine
+from gridreg.regions import region_masks
 from gridreg.schema import UNTRAINED
 from gridreg.volumes import write_displacement, write_volume
 
@@ -73,11 +75,12 @@ def register(
 def case_metrics(data: Preprocessed, fixed: str, moving: str, displacement: np.ndarray, truth) -> dict[str, float]:
     """Every metric of one case. displacement (3, W, H, D) in voxels; truth as ``Preprocessed.truth`` gives it.
 
-    The region of interest is the fixed mask: all labels together, or the whole image without labels.
+    The region of interest is the fixed mask: all labels together, or the whole image without labels. Where one organ is
+    labelled, its interior and its boundary are measured too (``regions``).
     """
     fixed_labels, moving_labels = data.labels(fixed), data.labels(moving)
     region = fixed_labels > 0 if fixed_labels is not None else np.ones(data.shape, bool)
-    row = dict.fromkeys(("dice", "landmark_mm", "mask_mm", "tre_mm"), float("nan"))
+    row = dict.fromkeys(("dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm"), float("nan"))
     row |= {"labels_lost": 0, "landmarks_missing": 0}  # failures are counted, not dropped from a mean in silence
     if fixed_labels is not None and moving_labels is not None:
         warped = warp_labels(moving_labels, displacement)
@@ -92,6 +95,9 @@ def case_metrics(data: Preprocessed, fixed: str, moving: str, displacement: np.n
         row["landmark_mm"] = metrics.landmark_distance_mm(*positions, displacement, data.spacing)
     if truth is not None:
         row["tre_mm"] = metrics.tre_mm(displacement, truth[0], region & truth[1], data.spacing)
+        if fixed_labels is not None and len(data.index["labels"]) == 1:
+            for part, where in region_masks(fixed_labels, data.spacing).items():
+                row[f"tre_{part}_mm"] = metrics.tre_mm(displacement, truth[0], where & truth[1], data.spacing)
     determinant = metrics.jacobian_determinant(displacement)
     row["logdet_mean"], row["logdet_std"] = metrics.log_jacobian(determinant, region)
     row["folding_percent"] = metrics.folding_percent(determinant, np.ones_like(region))
@@ -123,7 +129,8 @@ def evaluate(
     chosen      the grid size chosen on validation; the rows of the others are for Figure 8 alone
     refinement  arguments of ``refine.refine``, for methods with control points and at the chosen grid; None: what the
                 network answers
-    pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases
+    pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases, and
+                for σ in mm where the method has a Bayesian head
     """
     where = device()
     network = network.to(where).eval()
@@ -144,7 +151,16 @@ def evaluate(
             rows.append(row | {"seconds": seconds, "peak_mb": peak_mb})
             if pictures is not None and grid == chosen and number < pictured_cases:
                 save_pictures(data, Path(pictures), fixed, moving, warped, displacement)
+                if registration.sigma is not None:
+                    spread = sigma_mm(registration, network.upsampling, data.spacing)[0].cpu().numpy()
+                    write_volume(Path(pictures) / f"{fixed}__{moving}_sigma.nii.gz", spread, data.affine)
     return pd.DataFrame(rows)
+
+
+def sigma_mm(registration: Registration, upsampling: str, spacing_mm: float) -> torch.Tensor:
+    """How uncertain a Bayesian registration is, (B, W, H, D) in mm: the root of the summed variances of the three axes."""
+    shape = tuple(registration.displacement.shape[2:])
+    return spacing_mm * upsample_sigma(registration.sigma, shape, upsampling).norm(dim=1)
 
 
 def save_pictures(

@@ -40,6 +40,8 @@ METRICS: dict[str, Metric] = {
     "landmark_mm": Metric("Landmark distance", "mm", "lower", "{:.2f}", can_fail=True),
     "mask_mm": Metric("Mask centroid distance", "mm", "lower", "{:.2f}", can_fail=True),
     "tre_mm": Metric("True TRE", "mm", "lower", "{:.2f}"),
+    "tre_interior_mm": Metric("True TRE, interior", "mm", "lower", "{:.2f}"),  # deeper than regions.THICKNESS_MM
+    "tre_boundary_mm": Metric("True TRE, boundary", "mm", "lower", "{:.2f}"),
     "folding_percent": Metric("Folding", "%", "lower", "{:.2f}", trivial_for_identity=True),
     "nondiffeomorphic_percent": Metric("Non-diffeomorphic volume", "%", "lower", "{:.2f}", trivial_for_identity=True),
     "logdet_std": Metric("SD of log det J", "", "lower", "{:.3f}", trivial_for_identity=True),
@@ -64,8 +66,8 @@ RUN_LABELS = {
 }
 
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
-_NUMBERS = ["dice", "landmark_mm", "mask_mm", "tre_mm", "logdet_mean", "logdet_std", "folding_percent",
-            "nondiffeomorphic_percent", "labels_lost", "landmarks_missing", "seconds", "peak_mb"]  # fmt: skip
+_NUMBERS = ["dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm", "logdet_mean", "logdet_std",
+            "folding_percent", "nondiffeomorphic_percent", "labels_lost", "landmarks_missing", "seconds", "peak_mb"]  # fmt: skip
 
 
 def run_label(run: str) -> str:

@@ -88,6 +88,7 @@ def test_it_learns_and_every_method_is_evaluated_by_one_path(folder, tmp_path):
     before = evaluate(data, nothing, dataset="blobs", run="identity", method="identity", grids=[None], chosen=None)
     after = cases[cases["chosen"]]
     assert len(cases) == 2 * len(before) and before["chosen"].all()
+    assert (after["tre_interior_mm"].notna() & after["tre_boundary_mm"].notna()).all()
     assert after["tre_mm"].mean() < 0.75 * before["tre_mm"].mean()
     assert after["dice"].mean() > before["dice"].mean()
     assert (after["folding_percent"] == 0).all()

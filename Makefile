@@ -24,10 +24,10 @@ export JUPYTER_PLATFORM_DIRS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env repro benchmark smoke test lab cohort lock
+.PHONY: help env repro benchmark smoke test lab checkpoints cohort lock
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## Make the environment in .venv from requirements.txt (every other target does so, too)
 
@@ -45,8 +45,8 @@ $(STAMP): requirements.txt requirements-no-deps.txt
 	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps -r requirements-no-deps.txt; \
 	cat $^ > "$@"
 
-# The data come with the clone, out of the DVC remote inside the repository.
-DATA = test -d data || "$(BIN)/dvc" pull --quiet data.dvc
+# Data and checkpoints come with the clone, out of the DVC remote inside the repository.
+DATA = { test -d data && test -d checkpoints; } || "$(BIN)/dvc" pull --quiet data.dvc checkpoints.dvc
 
 # JOBS trainings run side by side, the cores shared between them: small networks gain more from that than from many
 # threads each. The rest is `dvc repro` alone: evaluation measures time, so it has the machine to itself; but for
@@ -98,6 +98,12 @@ test: $(STAMP) ## Run every test, among them the whole pipeline in the smoke pro
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	@$(DATA)
 	"$(BIN)/python" -m jupyterlab $(ARGS)
+
+checkpoints: $(STAMP) ## Train again what the interactive notebooks open: an adaptive Bayesian GridReg for each cohort
+	"$(BIN)/dvc" repro --pull preprocess
+	for dataset in prostate pelvis brain; do \
+		"$(BIN)/python" -m gridreg.train $$dataset gridreg-bayesian --out checkpoints/$$dataset || exit; done
+	"$(BIN)/dvc" add checkpoints && "$(BIN)/dvc" push checkpoints.dvc
 
 cohort: PROFILE ?= paper
 cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper)

@@ -35,6 +35,7 @@ from gridreg.errors import InputError, exit_status
 from gridreg.grid import Shape, warp
 from gridreg.methods import build, grid_name, grid_sizes, parameter_count
 from gridreg.objective import loss_terms
+from gridreg.schema import UNTRAINED
 
 CODE = ["grid", "interpolation", "fold_free", "network", "methods", "losses", "metrics", "dataset", "checkpoint",
         "devices", "objective", "transmorph", "keymorph", "train"]  # fmt: skip
@@ -261,25 +262,28 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gridreg.train", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", help="a name under use.datasets in params.yaml")
-    parser.add_argument("run", nargs="?", help="a name under use.trained")
+    parser.add_argument("run", nargs="?", help="a name under runs, of a method that is trained")
     parser.add_argument("--number", type=int, help="instead of both: a number of --list")
-    parser.add_argument("--list", action="store_true", help="every training of params.yaml, with its number")
+    parser.add_argument("--list", action="store_true", help="every training in use, with its number")
+    parser.add_argument("--out", type=Path, help="a folder for the result; without it, the pipeline takes it over")
     options = parser.parse_args()
 
     def start() -> None:
         values = params.load()
         trainings = [(d, r) for d in values["use"]["datasets"] for r in values["use"]["trained"]]
+        trained = [name for name, run in values["runs"].items() if run["method"] not in UNTRAINED]
         if options.list:
             print(*(f"{number} {dataset} {run}" for number, (dataset, run) in enumerate(trainings)), sep="\n")
             return
         number, asked = options.number, (options.dataset, options.run)
         if number is not None and 0 <= number < len(trainings):
             asked = trainings[number]
-        if asked not in trainings:
+        if asked[0] not in values["use"]["datasets"] or asked[1] not in trained:
             found = f"number {number}" if number is not None else " ".join(name or "nothing" for name in asked)
             raise InputError(f"params.yaml: no training is called {found}; expected one of python -m gridreg.train --list")
         dataset, run = asked
-        train(Preprocessed(f"results/preprocess/{dataset}"), out=None, **params.training_arguments(values, dataset, run))
+        data = Preprocessed(f"results/preprocess/{dataset}")
+        train(data, out=options.out, **params.training_arguments(values, dataset, run))
 
     return exit_status(start)
 

@@ -196,11 +196,17 @@ def test_a_bayesian_run_takes_the_same_path_and_resumes_to_the_same_weights(fold
     run_training(folder, tmp_path / "resumed", tmp_path / "scratch", run=run)
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "resumed"))
     network, config = load_model(tmp_path / "resumed")
-    data = Preprocessed(folder)
-    images = [torch.from_numpy(data.image(subject))[None, None] for subject in data.pairs("test")[0]]
+    data, grid = Preprocessed(folder), tuple(config["grid"])
+    names = {"dataset": "blobs", "run": "bayesian", "method": "gridreg"}
+    evaluate(data, network, **names, grids=[grid], chosen=grid, pictures=tmp_path / "pictures", pictured_cases=1)
+    fixed, moving = data.pairs("test")[0]
+    images = [torch.from_numpy(data.image(subject))[None, None] for subject in (fixed, moving)]
     with torch.no_grad():
-        sigma = network(*images, tuple(config["grid"])).sigma
+        sigma = network(*images, grid).sigma
     assert (sigma > 0).all() and torch.isfinite(sigma).all()
+    written = nibabel.load(tmp_path / "pictures" / f"{fixed}__{moving}_sigma.nii.gz").get_fdata()  # one map, in mm
+    corner = SPACING * sigma[0, :, 0, 0, 0].norm()  # corners of the grid and of the image coincide
+    assert written.shape == SHAPE and written[0, 0, 0] == pytest.approx(float(corner), rel=1e-4)
 
 
 def test_the_grid_is_chosen_on_validation_from_any_sizes(folder):

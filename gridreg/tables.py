@@ -14,6 +14,7 @@ import pandas as pd
 
 from gridreg.errors import InputError
 from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing
+from gridreg.regions import THICKNESS_MM
 from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, run_label
 from gridreg.stats import Test, compare, summarise
 
@@ -201,6 +202,11 @@ def _notes(
     missing = chosen.loc[chosen["run"] == REFERENCE, "landmarks_missing"].sum()
     if missing:
         notes.append(f"{missing:.0f} landmarks of fixed images have no partner in the moving one and are in no mean.")
+    if chosen["tre_interior_mm"].notna().any():
+        notes.append(
+            f"True TRE, interior and boundary: of the one organ that is labelled, more and at most {THICKNESS_MM:g} mm below "
+            "its surface."
+        )
     lost = chosen[chosen["labels_lost"] > 0].groupby("run", sort=False)["labels_lost"].sum()
     if len(lost):
         counts = ", ".join(f"{run_label(run)} {lost[run]:.0f}" for run in in_order(lost.index))

@@ -13,6 +13,8 @@ from gridreg.grid import Shape, warp
 from gridreg.interpolation import upsample, upsample_sigma
 from gridreg.network import Registration
 
+SHARE = 0.02  # on the pelvis, the Dice on validation is 0.79 without σ, 0.77 with this share, 0.74 with 0.1 and 0.72 with 1
+
 
 def similarity_loss(
     network: nn.Module,
@@ -29,7 +31,8 @@ def similarity_loss(
     For a Bayesian registration the uncertainty-weighted loss (equation 2) is added. It draws ``samples`` displacements
     on the grid, T = μ + σ ε, and teaches σ alone: μ learns from the loss it would have without σ. Were it to learn
     from the samples, a σ beyond the size of the texture would hide the image from it, and then have every reason to
-    grow. The loss has the weight of one mean squared residual, so that the other weights keep their meaning.
+    grow. The loss has the weight of a small ``SHARE`` of one mean squared residual: to Adam the scale of what the head
+    for σ alone learns from does not matter, but the features, which both heads share, are then shaped by μ.
     """
     warped = warp(moving, registration.displacement)
     total = losses.SIMILARITIES[similarity](fixed, warped)
@@ -42,7 +45,7 @@ def similarity_loss(
         return total
     told, widest = losses.information(fixed), losses.WIDEST * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)
     dense_variance = upsample_sigma(sigma, shape, network.upsampling).square()
-    weight = losses.mse(fixed, warped).detach() / samples
+    weight = SHARE * losses.mse(fixed, warped).detach() / samples
     for _ in range(samples):
         noise = torch.randn(mean.shape).to(mean.device)  # drawn on the CPU: the same on every device
         sample = warp(moving, upsample(mean.detach() + sigma * noise, shape, network.upsampling))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +168,13 @@ def test_fingerprint_follows_values_and_files(tmp_path):
     assert first != fingerprint({"a": 1, "b": 2}, 4, files=[code])
     code.write_text("a = 2")
     assert first != fingerprint({"a": 1, "b": 2}, 3, files=[code])
+
+
+@pytest.mark.parametrize("name", ["prostate", "pelvis", "brain"])
+def test_the_checkpoints_of_the_clone_are_bayesian_and_serve_any_grid(name):
+    network, config = load_model(Path(__file__).parents[1] / "checkpoints" / name)
+    assert config["run"]["bayesian"] and len(config["run"]["grids"]) == 4
+    with torch.no_grad():
+        registration = network(*torch.rand(2, 1, 1, 24, 28, 20), (6, 9, 7))
+    assert registration.sigma.shape == (1, 3, 6, 9, 7) and (registration.sigma > 0).all()
+    assert registration.displacement.isfinite().all()

@@ -32,7 +32,7 @@ RADIUS = 12.0  # of the disc
 DISC = 0.65  # its intensity; the texture around it varies about 0.45
 EDGE = 0.7  # softness of edges
 DEFORMATION = 4.0  # longest true displacement
-NOISE = 0.05 # standard deviation, intensities in [0, 1]
+NOISE = 0.05  # standard deviation, intensities in [0, 1]
 SPOT_APART = 5.0  # from where the spot should be in the moving image to where it is
 CONTOUR_OFF = 2.0  # of the fixed mask, standard deviation along its contour
 GRIDS = (3, 5, 8, 12, SIZE)  # control points per axis; the last is every voxel
@@ -59,7 +59,7 @@ class Pair:
     fixed_mask: np.ndarray  # of the disc, bool, perhaps with errors; empty where no masks are used
     moving_mask: np.ndarray
     displacement: np.ndarray
-    disc: np.ndarray  # (n, n) bool: where the fixed image shows the disc, in truth
+    disc: np.ndarray  # where the fixed image shows the disc, in truth: 1 within, 0 outside, with a soft edge
     spots: np.ndarray | None = None  # (2, 2): the false match, a point of the fixed image and one of the moving image
 
 
@@ -77,8 +77,8 @@ def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = Fa
             u = u + 2 * _direction(around[1] + k)[:, None, None] * np.exp(-_distance(x, at) ** 2 / (2 * 3**2))
     y = x + u
     fixed, moving = _image(y, waves), _image(x, waves)
-    disc = _disc(y) > 0.5
-    fixed_mask, moving_mask = disc & masks, (_disc(x) > 0.5) & masks
+    disc = _disc(y)
+    fixed_mask, moving_mask = (disc > 0.5) & masks, (_disc(x) > 0.5) & masks
     spots = None
     if spot:
         here = _beside_disc(angles[0], 4.0)  # within the disc
@@ -214,7 +214,8 @@ def run(
             for (condition, seed), pair, displacement, difference in zip(cases, pairs, *found):
                 pictures.setdefault((condition, weight, grid), (pair, displacement))
                 error = np.linalg.norm(displacement - pair.displacement, axis=0)
-                parts = (error[pair.disc].mean(), error[~pair.disc].mean(), error.mean())
+                inside = pair.disc > 0.5
+                parts = (error[inside].mean(), error[~inside].mean(), error.mean())
                 rows.append((condition, weight, grid, seed, *parts, difference))
     columns = ["condition", "bending_weight", "grid", "seed", "error_disc", "error_around", "error", "difference"]
     return pd.DataFrame(rows, columns=columns), pictures

@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {file.stem: file for file in sorted((ROOT / "gridreg").glob("*.py")) if file.stem != "__init__"}
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
-NEEDS_TORCH = {"architecture", "benchmark", "checkpoint", "cost", "devices", "evaluate", "fold_free", "grid",
-               "interpolation", "keymorph", "losses", "methods", "network", "objective", "pairwise", "refine", "train", "transmorph"}  # fmt: skip
+NEEDS_TORCH = {"architecture", "benchmark", "checkpoint", "cost", "devices", "evaluate", "explorer", "explorer_view",
+               "explorer_volume", "explorer_widgets", "false_correspondence", "fold_free", "grid", "interpolation", "keymorph",
+               "losses", "methods", "network", "objective", "oracle", "pairwise", "refine", "train", "transmorph"}  # fmt: skip
 
 
 def imported(tree: ast.Module) -> set[str]:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {file.stem: file for file in sorted((ROOT / "gridreg").glob("*.py")) if file.stem != "__init__"}
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
-NEEDS_TORCH = {"benchmark", "checkpoint", "cost", "devices", "evaluate", "fold_free", "grid", "interpolation",
+NEEDS_TORCH = {"benchmark", "checkpoint", "cost", "devices", "evaluate", "explorer", "explorer_view", "fold_free", "grid", "interpolation",
                "keymorph", "losses", "methods", "network", "pairwise", "refine", "train", "transmorph"}  # fmt: skip
 
 

@@ -56,6 +56,10 @@ class View:
         with styled():
             self._build()
 
+    def show(self, registered: Registered) -> None:
+        """Another registration of the same case, on another grid: the next drawing is of it."""
+        self.registered, self.maps, self._sample = registered, registered.maps(), None
+
     def draw(self, look: Look) -> bytes:
         """The picture as PNG bytes."""
         self.update(look)

@@ -83,6 +83,15 @@ def show_contour(
             ax.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.8)
 
 
+def grid_lines(displacement: np.ndarray, view: str, index: int, lines: int = 16) -> list[np.ndarray]:
+    """Lines of the fixed grid carried by x + u(x), projected on a slice: each (N, 2), voxels across and up."""
+    u, v = (slice_of(displacement[axis], view, index) for axis in VIEWS[view][1:3])  # across and up, each (rows, columns)
+    rows, columns = np.mgrid[: u.shape[0], : u.shape[1]].astype(float)
+    points = np.stack([columns + u, rows + v], axis=-1)
+    step = max(1, round(max(u.shape) / lines))
+    return [*points[::step], *points[:, ::step].swapaxes(0, 1)]
+
+
 def show_deformed_grid(
     ax: Axes, displacement: np.ndarray, view: str, index: int, spacing_mm: Sequence[float], lines: int = 16
 ) -> None:
@@ -90,11 +99,7 @@ def show_deformed_grid(
 
     ``displacement`` (3, W, H, D) in voxels; about ``lines`` lines along the longer axis.
     """
-    u, v = (slice_of(displacement[axis], view, index) for axis in VIEWS[view][1:3])  # across and up, each (rows, columns)
-    rows, columns = np.mgrid[: u.shape[0], : u.shape[1]].astype(float)
-    points = np.stack([columns + u, rows + v], axis=-1)
-    step = max(1, round(max(u.shape) / lines))
-    tracks = [*points[::step], *points[:, ::step].swapaxes(0, 1)]
+    tracks = grid_lines(displacement, view, index, lines)
     ax.add_collection(LineCollection(tracks, colors="#222222", linewidths=0.5))
     _frame(ax, displacement.shape[1:], view, spacing_mm)
 

@@ -1,0 +1,151 @@
+"""What the uncertainty explorer computes: a registered pair, voxel by voxel in millimetres, samples, and the error.
+
+No widgets and no drawing here: ``explorer_view`` draws, ``explorer_widgets`` puts sliders to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gridreg import metrics
+from gridreg.checkpoint import load_model
+from gridreg.devices import device, to_tensor
+from gridreg.errors import InputError
+from gridreg.evaluate import register, warp_labels
+from gridreg.grid import as_shape, warp
+from gridreg.interpolation import upsample, upsample_sigma
+from gridreg.pair import Case
+
+AXES = ("right–left", "front–back", "head–foot")  # along the array axes; positive to the right, the front, the head
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registered case. Arrays are (…, W, H, D); ``_mm`` ones in millimetres, the others in voxels of the grid.
+
+    displacement, displacement_mm   (3, W, H, D) along the array axes
+    sigma_mm                        (3, W, H, D) standard deviation of each, None without the Bayesian head
+    control_points, sigma           (1, 3, g, g, g) tensors in voxels, mean and standard deviation at the grid
+    """
+
+    case: Case
+    warped: np.ndarray
+    displacement: np.ndarray
+    displacement_mm: np.ndarray
+    sigma_mm: np.ndarray | None
+    control_points: Tensor | None
+    sigma: Tensor | None
+    upsampling: str
+
+    def maps(self) -> dict[str, np.ndarray]:
+        """What can be laid over the images, by name: (W, H, D) in mm, ≥ 0."""
+        found = {}
+        if self.sigma_mm is not None:
+            found["σ, all axes"] = length(self.sigma_mm)
+            found |= {f"σ {axis}": sigma for axis, sigma in zip(AXES, self.sigma_mm)}
+        found["displacement"] = length(self.displacement_mm)
+        if self.case.truth is not None:
+            found["error"] = np.where(self.case.truth[1], length(self.error_mm()), np.nan)
+        return found
+
+    def error_mm(self) -> np.ndarray | None:
+        """(3, W, H, D) predicted minus true displacement; None where there is no truth."""
+        if self.case.truth is None:
+            return None
+        return (self.displacement - self.case.truth[0]) * self.case.spacing[:, None, None, None]
+
+
+def length(vectors: np.ndarray) -> np.ndarray:
+    """Euclidean length over the first axis; of three standard deviations, the root of the summed variances."""
+    return np.sqrt(np.square(vectors).sum(0))
+
+
+def load_network(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """A trained GridReg and its configuration; InputError where there is none, or the model has no control points."""
+    if not Path(folder, "model.json").is_file():
+        raise InputError(f"{folder}: found no trained model, expected model.json and model.safetensors; "
+                         "`make repro` trains them under results/train/<dataset>/<run>.")
+    network, config = load_model(folder)
+    if config["run"]["method"] != "gridreg":
+        raise InputError(f"{folder}: found a model of method '{config['run']['method']}', expected gridreg.")
+    return network, config
+
+
+def register_case(network: nn.Module, case: Case, grid_size: int | tuple[int, int, int] | list[int]) -> Registered:
+    """Register a case on a grid of control points. ValueError on an impossible grid size."""
+    where = device()
+    grid = as_shape(grid_size if isinstance(grid_size, int) else tuple(grid_size), "grid_size")
+    registration, warped, _, _ = register(network.to(where).eval(), case.fixed, case.moving, grid, where)
+    displacement = registration.displacement[0].cpu().numpy()
+    to_mm = case.spacing.astype(np.float32)[:, None, None, None]
+    sigma_mm = None
+    if registration.sigma is not None:
+        sigma_mm = upsample_sigma(registration.sigma, case.shape, network.upsampling)[0].cpu().numpy() * to_mm
+    return Registered(case, warped, displacement, displacement * to_mm, sigma_mm, registration.control_points,
+                      registration.sigma, network.upsampling)  # fmt: skip
+
+
+@torch.inference_mode()
+def draw_sample(registered: Registered, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """One displacement the model holds for possible: T = μ + σ ε on the grid, upsampled (paper, section 3.2).
+
+    ``number`` is the seed: the same number gives the same sample. Returns (displacement (3, W, H, D) in voxels, the
+    moving image warped with it (W, H, D)). InputError without σ.
+    """
+    if registered.sigma is None:
+        raise InputError("found a model without the Bayesian head, expected one with σ to draw samples from.")
+    mean, sigma = registered.control_points, registered.sigma
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(number)).to(mean.device)
+    sample = upsample(mean + sigma * noise, registered.case.shape, registered.upsampling)
+    warped = warp(to_tensor([registered.case.moving], mean.device), sample)
+    return sample[0].cpu().numpy(), warped[0, 0].cpu().numpy()
+
+
+def read_out(registered: Registered, voxel: tuple[int, int, int]) -> dict[str, Any]:
+    """What is known at a voxel: scan_mm (3,), label, displacement_mm (3,), sigma_mm and error_mm (3,) or None."""
+    case, at = registered.case, (slice(None), *voxel)
+    label = None
+    if case.labels[0] is not None:
+        value = int(case.labels[0][tuple(voxel)])
+        label = case.label_names.get(value, f"label {value}") if value else "background"
+    known = case.truth is not None and bool(case.truth[1][tuple(voxel)])
+    return {
+        "scan_mm": case.scan_mm(voxel),
+        "label": label,
+        "displacement_mm": registered.displacement_mm[at],
+        "sigma_mm": None if registered.sigma_mm is None else registered.sigma_mm[at],
+        "error_mm": registered.error_mm()[at] if known else None,
+    }
+
+
+def error_and_sigma(registered: Registered) -> tuple[np.ndarray, np.ndarray] | None:
+    """(error, σ), each (3, N) mm, at the voxels of the case's region where the truth is known; None if either is not."""
+    if registered.case.truth is None or registered.sigma_mm is None:
+        return None
+    where = registered.case.region & registered.case.truth[1]
+    return (registered.error_mm()[:, where], registered.sigma_mm[:, where]) if where.any() else None
+
+
+def measure(registered: Registered) -> dict[str, dict[str, float]]:
+    """Before and after registration: {"before" | "after": {measure: value}}; what is not known is left out.
+
+    Mean squared difference of the images, Dice, true TRE in mm within the case's region, folded voxels in percent.
+    """
+    case, rows = registered.case, {}
+    everywhere = np.ones(case.shape, bool)
+    for when, u, image in (("before", np.zeros_like(registered.displacement), case.moving),
+                           ("after", registered.displacement, registered.warped)):  # fmt: skip
+        row = {"mean squared difference": float(np.square(case.fixed - image).mean())}
+        if all(labels is not None for labels in case.labels):
+            row["Dice"] = metrics.dice(case.labels[0], warp_labels(case.labels[1], u))
+        if case.truth is not None:
+            row["true TRE (mm)"] = metrics.tre_mm(u, case.truth[0], case.region & case.truth[1], case.spacing[0])
+        row["folded voxels (%)"] = metrics.folding_percent(metrics.jacobian_determinant(u), everywhere)
+        rows[when] = row
+    return rows

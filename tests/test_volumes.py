@@ -8,7 +8,6 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 from gridreg.errors import InputError
@@ -192,5 +191,3 @@ def test_displacement_is_an_itk_field(tmp_path):
     write_displacement(tmp_path / "u.nii.gz", u, OBLIQUE)
     with pytest.raises(InputError, match="NaN"):
         read_displacement(tmp_path / "u.nii.gz")
-
-

@@ -10,6 +10,8 @@ In reading order:
     learn2reg, volumes, resample, align, truth, preprocess, dataset    cohorts in, arrays out
     memory, cost, benchmark, cost_report                               what registration costs
     results, stats, tables, figures, panels, architecture              per-case results to tables and figures
+    oracle, calibration, false_correspondence, panels_truth            what a known truth can tell
+    pair, explorer, explorer_view, explorer_widgets                    the interactive notebooks
     subjects, phantom, brain, diffeo, scanner, cohort                  the simulated cohorts
     params, schema                                                     params.yaml
 

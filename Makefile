@@ -52,11 +52,11 @@ DATA = { test -d data && test -d checkpoints; } || "$(BIN)/dvc" pull --quiet dat
 # threads each. The rest is `dvc repro` alone: evaluation measures time, so it has the machine to itself; but for
 # smoke, where no figure means anything.
 JOBS ?= 2
-BESIDE ?= train@
+BESIDE ?= train@,false_correspondence
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 define SIDE_BY_SIDE
 for stage in $(BESIDE); do "$(BIN)/dvc" status --json \
-	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith(sys.argv[1])), sep="\n")' $$stage \
+	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith(tuple(sys.argv[1].split(",")))), sep="\n")' $$stage \
 	| OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
 	xargs -r -n 1 -P $(JOBS) "$(BIN)/dvc" repro --single-item || exit; done
 endef
@@ -83,7 +83,7 @@ smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is remove
 	git init --quiet; git add --all; \
 	git -c user.name=smoke -c user.email=smoke@localhost -c commit.gpgsign=false -c core.hooksPath=/dev/null \
 		commit --quiet --message 'copy for the smoke run'; \
-	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)" BESIDE="train@ evaluate"; \
+	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)" BESIDE="train@,false_correspondence evaluate tables,figures,approximation"; \
 	echo "tables and figures, after $$((SECONDS - started)) s:"; \
 	ls -l figures
 

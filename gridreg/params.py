@@ -28,7 +28,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from gridreg.errors import InputError, exit_status
 from gridreg.in_use import set_aside, set_list, skip_missing
-from gridreg.schema import BENCHMARK, DATASET, EVALUATE, METHODS, REQUIRED, TRAIN, USE, Rule
+from gridreg.schema import BENCHMARK, DATASET, EVALUATE, FALSE_CORRESPONDENCE, METHODS, REQUIRED, TRAIN, USE, Rule
 from gridreg.schema import refuse_unknown, train_settings, training_arguments, validate
 
 __all__ = ["load", "validate", "train_settings", "training_arguments", "switch_profile", "update"]
@@ -80,6 +80,7 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     fill(params["train"], TRAIN)
     fill(params.setdefault("evaluate", {}), EVALUATE)
     fill(params.setdefault("benchmark", {}), BENCHMARK)
+    fill(params.setdefault("false_correspondence", {}), FALSE_CORRESPONDENCE)
     for name, values in {**params["datasets"], **params.get("unused", {})}.items():
         fill(values, DATASET)
         values["title"] = values["title"] or name

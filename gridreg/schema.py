@@ -151,6 +151,7 @@ BENCHMARK = {
     "batches": default(each(whole(1), "a list of whole numbers of at least 1", range(100)), []),  # []: no training
     "limit_seconds": default(number(0, above=True), 60.0),        # a call expected to take longer is left out
 }
+FALSE_CORRESPONDENCE = {"pairs": default(whole(1), 5)}            # simulated slices for Figure 1
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -187,11 +188,11 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
     `source` is the file named in the sentence; `profiles` are the known profiles (none: any name will do).
     """
     sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN, "evaluate": EVALUATE,
-                "benchmark": BENCHMARK}
+                "benchmark": BENCHMARK, "false_correspondence": FALSE_CORRESPONDENCE}
     check_section(params, TOP, str(source), others=sections)
     for section, rules in sections.items():
         where = f"{source}: {section}"
-        if section in ("unused", "evaluate", "benchmark") and section not in params:
+        if section in ("unused", "evaluate", "benchmark", "false_correspondence") and section not in params:
             continue
         if section not in params:
             raise InputError(f"{where} is missing; expected this section")

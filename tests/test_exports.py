@@ -48,7 +48,7 @@ def test_a_written_field_warps_as_our_warp_does(written, apply):
     folder, moving, u = written
     theirs = apply(*(str(folder / name) for name in ("moving.nii.gz", "u.nii.gz", "moving.nii.gz")))
     ours = warp(torch.from_numpy(moving)[None, None], torch.from_numpy(u)[None])[0, 0].numpy()
-    assert np.abs(ours - moving)[INNER].max() > 0.02, "the field moves something"
+    assert np.abs(ours - moving)[INNER].max() > 0.008, "the field moves something"
     np.testing.assert_allclose(theirs[INNER], ours[INNER], atol=2e-4)
 
 

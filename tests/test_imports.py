@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {file.stem: file for file in sorted((ROOT / "gridreg").glob("*.py")) if file.stem != "__init__"}
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
 NEEDS_TORCH = {"benchmark", "checkpoint", "cost", "devices", "evaluate", "fold_free", "grid", "interpolation",
-               "keymorph", "losses", "methods", "network", "pairwise", "refine", "train", "transmorph"}  # fmt: skip
+               "keymorph", "lesson_attention", "lesson_attention_view", "lesson_basis", "lesson_basis_view",
+               "lesson_freedom", "lesson_freedom_view", "losses", "methods", "network", "pairwise", "refine", "train", "transmorph"}  # fmt: skip
 
 
 def imported(tree: ast.Module) -> set[str]:

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "executed" / "browser"
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
-NOTEBOOKS = ["quick_start", "explore_uncertainty"]
+LESSONS = {"teach_1_degrees_of_freedom": 4, "teach_2_grid_to_field": 4, "teach_3_attention": 5}  # and a cell with sliders
 SIZES = {"wide": (1600, 1000), "laptop": (1100, 720)}
 
 
@@ -227,4 +227,18 @@ def test_the_explorer_answers_to_sliders_keys_and_clicks(page, lab):
     show(page, 8)
     page.until("document.querySelector('canvas')?.width > 100")
     page.screenshot("explore_uncertainty_3d")
+    assert foreign(page) == []
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_runs_and_its_first_slider_changes_the_picture(page, lab, name):
+    run_whole(page, lab, name)
+    show(page, LESSONS[name])
+    pictures = "[...document.querySelectorAll('.jp-OutputArea-output img')].map(e => e.src).join()"
+    page.until(f"{pictures}.length > 1000")
+    before = page.js(f"({pictures}).length + ({pictures}).slice(-4000)")
+    page.js("document.querySelector('.widget-slider .noUi-handle').focus()")
+    page.key("ArrowRight", 39)
+    page.until(f"({pictures}).length + ({pictures}).slice(-4000) != {json.dumps(before)}", 20)
+    page.screenshot(name)
     assert foreign(page) == []

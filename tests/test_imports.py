@@ -15,7 +15,9 @@ FILES = {file.stem: file for file in sorted((ROOT / "gridreg").glob("*.py")) if 
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
 NEEDS_TORCH = {"architecture", "benchmark", "checkpoint", "cost", "devices", "evaluate", "explorer", "explorer_view",
                "explorer_volume", "explorer_widgets", "false_correspondence", "fold_free", "grid", "interpolation", "keymorph",
-               "losses", "methods", "network", "objective", "oracle", "pairwise", "refine", "train", "transmorph"}  # fmt: skip
+               "lesson_attention", "lesson_attention_view", "lesson_basis", "lesson_basis_view", "lesson_freedom",
+               "lesson_freedom_view", "losses", "methods", "network", "objective", "oracle", "pairwise", "refine", "train",
+               "transmorph"}  # fmt: skip
 
 
 def imported(tree: ast.Module) -> set[str]:

@@ -48,8 +48,8 @@ def figure1(
     if (condition, shown, grids[0]) not in pictures:
         raise InputError(f"{path}: no picture of {condition!r}, expected one of {', '.join(conditions)}")
     with styled():
-        figure = plt.figure(figsize=(7.6, 5.2), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[1, 2.6])
+        figure = plt.figure(figsize=(7.6, 5.6), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1, 2.4])
         _example(above, pictures, condition, shown, grids)
         axes = below.subplots(2, len(conditions), sharex=True, sharey=True, squeeze=False)
         for column, name in zip(axes.T, conditions):
@@ -73,7 +73,7 @@ def figure1(
         seeds = frame["seed"].nunique()
         add_caption(figure, f"Simulated slices, not patients; {seeds} pair{'s' * (seeds > 1)} with a known smooth "
                             "deformation, control points optimised directly, from the coarsest grid to the finest. "
-                            f"Above: the first pair, {condition}, bending weight {_times(shown / weights[0])}; "
+                            f"Below: mean ± sd over pairs. Above: the first pair, {condition}, bending weight {_times(shown / weights[0])}; "
                             "stars: the false match; orange: the homogeneous disc; white: the grid deformed by what was found.")  # fmt: skip
         save_figure(figure, path)
     return figure

@@ -1,6 +1,6 @@
 """Lesson 1, the sums: how many control points? Registration in two dimensions, where the true deformation is known.
 
-Two dimensions, so that nine grid sizes and three draws are solved while a slider moves. The bases are those of
+Two dimensions, so that eight grid sizes and three draws are solved while a slider moves. The bases are those of
 ``interpolation``, the bending energy is that of ``losses`` in voxels, the images go from moving to fixed as in ``grid``.
 
 With P u the least-squares fit of the truth u on a grid, and û what registration found on that grid,
@@ -27,9 +27,9 @@ from gridreg.interpolation import basis
 SIZE = 40  # voxels along each axis of the fixed image
 SMOOTH, ROUGH = 1.3, 0.5  # voxels of the smooth motion at wavelengths of 45 to 90 and of 16 to 30 voxels
 MARGIN = 6  # more of them around the moving image, so that nothing is looked up outside
-GRIDS = (3, 4, 5, 6, 8, 10, 14, 20, SIZE)  # the last has a control point at every voxel: a dense field
+GRIDS = (3, 4, 5, 6, 8, 12, 20, SIZE)  # the last has a control point at every voxel: a dense field
 DRAWS = 3  # of deformation and noise, over which errors are averaged
-BLURS = (2, 2, 2, 1, 1, 0, 0, 0, 0)  # of both images in voxels, one Gauss-Newton step each: coarse to fine
+BLURS = (2, 2, 1, 1, 0, 0, 0, 0)  # of both images in voxels, one Gauss-Newton step each: coarse to fine
 SOLVER_STEPS, SOLVER_RESIDUAL = 40, 1e-5  # of conjugate gradients within a step
 LONGEST_STEP = 1.0  # voxels: beyond it the linearised image means nothing
 DAMPING = 1e-6  # of the displacement itself, where neither image nor smoothness says anything

@@ -24,14 +24,14 @@ def slider(label: str, options: Sequence[Any], value: Any) -> ipywidgets.Selecti
     """A slider over the given values, or (text, value) pairs. It reports when it is let go: a figure takes a moment."""
     return ipywidgets.SelectionSlider(
         options=options, value=value, description=label, continuous_update=False,
-        style={"description_width": "11em"}, layout={"width": "32em"},
+        style={"description_width": "13.5em"}, layout={"width": "35em"},
     )  # fmt: skip
 
 
 def menu(label: str, options: Sequence[Any], value: Any) -> ipywidgets.Dropdown:
     """A menu of the given values, or (text, value) pairs."""
     return ipywidgets.Dropdown(
-        options=options, value=value, description=label, style={"description_width": "11em"}, layout={"width": "32em"}
+        options=options, value=value, description=label, style={"description_width": "13.5em"}, layout={"width": "35em"}
     )
 
 

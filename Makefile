@@ -24,7 +24,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env repro benchmark smoke test test-browser lab checkpoints cohort lock
+.PHONY: help env repro benchmark smoke test lab checkpoints cohort lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -94,10 +94,6 @@ benchmark: $(STAMP) ## Measure time and memory of every method again (let nothin
 test: $(STAMP) ## Run every test, among them the whole pipeline in the smoke profile (ARGS="-m 'not slow'" leaves that out)
 	@$(DATA)
 	"$(BIN)/python" -m pytest $(ARGS)
-
-test-browser: $(STAMP) ## Run the interactive notebooks in JupyterLab, in the Chromium or Chrome that is installed
-	@$(DATA)
-	GRIDREG_BROWSER=required "$(BIN)/python" -m pytest $(ARGS) tests/test_browser.py
 
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	@$(DATA)

@@ -113,7 +113,7 @@ class View:
         self.figure.text(0.1 / width, 0.07 / height, text, fontsize=7, color="#333333", va="bottom", linespacing=1.3)
 
     def _panel(self, ax, view: str, column: int) -> dict:
-        """The artists of one panel, with placeholders for their data."""
+        """The artists of one panel; ``update`` gives them their data."""
         volume = self.case.moving if column == 1 else self.case.fixed
         blank = slice_of(np.zeros(self.case.shape, np.float32), view, 0)
         panel = {"ax": ax, "overlay": ax.imshow(blank, origin="lower", cmap=MAGNITUDE, zorder=1, visible=False,

@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import nibabel
 import numpy as np
 import pandas as pd
 import torch
@@ -23,14 +21,12 @@ from torch import Tensor
 from gridreg.cost import count, timed
 from gridreg.grid import Shape, check_grid_size
 from gridreg.interpolation import upsample
-from gridreg.learn2reg import read_cohort
 from gridreg.methods import parameter_count
 from gridreg.metrics import tre_mm
 from gridreg.network import (
     HEAD_CHANNELS, HEADS, CrossAttention, GridReg, level_grid, resize, token_positions, tokens_a_spacing,
 )  # fmt: skip
-from gridreg.preprocess import Target, preprocess_subject
-from gridreg.truth import pair_truth
+from gridreg.pair import demo_case
 
 REPEATS = 3  # of a timing, of which the least counts
 
@@ -73,14 +69,10 @@ class Level:
 
 def load_pair(source: Path | str, shape: Shape, spacing_mm: float, split: str = "val") -> Pair:
     """The first pair of a split of a simulated cohort in Learn2Reg layout, preprocessed as for training (in seconds)."""
-    cohort = read_cohort(source)
-    names = cohort.pairs[split][0]
-    with TemporaryDirectory() as folder:
-        for name in names:
-            preprocess_subject(cohort.subjects[name], Path(folder), Target(tuple(shape), spacing_mm))
-        images = [np.asarray(nibabel.load(f"{folder}/images/{name}.nii.gz").dataobj, np.float32) for name in names]
-        truth, known = pair_truth(folder, *names)
-    return Pair(*(torch.from_numpy(image)[None, None] for image in images), truth, known, float(spacing_mm))
+    settings = {"path": str(source), "shape": list(shape), "spacing_mm": spacing_mm}
+    case = demo_case({"datasets": {"cohort": settings}}, "cohort", split=split)
+    images = (torch.from_numpy(image)[None, None] for image in (case.fixed, case.moving))
+    return Pair(*images, *case.truth, float(spacing_mm))
 
 
 @contextmanager

@@ -49,21 +49,25 @@ $(STAMP): requirements.txt requirements-no-deps.txt
 DATA = { test -d data && test -d checkpoints; } || "$(BIN)/dvc" pull --quiet data.dvc checkpoints.dvc
 
 # JOBS trainings run side by side, the cores shared between them: small networks gain more from that than from many
-# threads each. The rest is `dvc repro` alone: evaluation measures time, so it has the machine to itself; but for
-# smoke, where no figure means anything.
+# threads each. So do other groups of stages that do not need each other. The rest is `dvc repro` alone: evaluation
+# measures time, so it has the machine to itself; but for smoke, where no figure means anything, and where most of the
+# time goes into starting programs: there one DVC runs up to EACH stages.
 JOBS ?= 2
-BESIDE ?= train@,false_correspondence
+EACH ?= 1
+BESIDE ?= preprocess@ train@,false_correspondence
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 define SIDE_BY_SIDE
-for stage in $(BESIDE); do "$(BIN)/dvc" status --json \
-	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith(tuple(sys.argv[1].split(",")))), sep="\n")' $$stage \
-	| OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
-	xargs -r -n 1 -P $(JOBS) "$(BIN)/dvc" repro --single-item || exit; done
+for stage in $(BESIDE); do stages=$$("$(BIN)/dvc" status --json \
+	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith(tuple(sys.argv[1].split(",")))))' $$stage) \
+	|| exit; share=$$(( ($$(wc -w <<< "$$stages") + $(JOBS) - 1) / $(JOBS) )); \
+	OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
+	xargs -r -n $$(( share > 0 && share < $(EACH) ? share : $(EACH) )) -P $(JOBS) \
+	"$(BIN)/dvc" --wait-for-lock repro --single-item <<< "$$stages" || exit; done
 endef
 
 repro: $(STAMP) ## Run everything that changed: data to tables and figures (PROFILE=smoke, demo or paper; none: params.yaml as it is)
 	"$(BIN)/python" -m gridreg.params $(if $(PROFILE),--profile "$(PROFILE)") --check
-	"$(BIN)/dvc" repro --pull preprocess
+	@$(DATA)
 	$(SIDE_BY_SIDE)
 	"$(BIN)/dvc" repro --pull
 
@@ -83,7 +87,8 @@ smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is remove
 	git init --quiet; git add --all; \
 	git -c user.name=smoke -c user.email=smoke@localhost -c commit.gpgsign=false -c core.hooksPath=/dev/null \
 		commit --quiet --message 'copy for the smoke run'; \
-	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)" BESIDE="train@,false_correspondence evaluate tables,figures,approximation"; \
+	$(MAKE) --no-print-directory repro PROFILE=smoke VENV="$(VENV_PATH)" \
+		JOBS=3 EACH=3 BESIDE="$(BESIDE) evaluate tables,figures,approximation"; \
 	echo "tables and figures, after $$((SECONDS - started)) s:"; \
 	ls -l figures
 

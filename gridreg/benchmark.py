@@ -42,7 +42,7 @@ OUTSIDE = {"ants-syn": "works in a process of its own, on one thread; its memory
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
            "bending-grid": losses.grid_bending_energy}  # fmt: skip
 SMALL = (32, 32, 32)  # the pair that starts a method up, and the smallest that all of them take
-SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is made once
+SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is measured once
 SPARE = 0.8  # share of the available memory that a row may be expected to need
 
 

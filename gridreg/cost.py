@@ -75,12 +75,12 @@ def count(call: Callable[[], None]) -> int:
 
 
 def cost(call: Callable[[], None], where: torch.device, slow: float = math.inf) -> tuple[Cost, int]:
-    """Cost and multiply-adds. The first call counts and warms up; if it takes ``slow`` seconds, it is the measurement."""
+    """Cost and multiply-adds. The first call counts and warms up; if it takes ``slow`` seconds, one more is measured."""
     counted: list[int] = []
-    seconds, *memory = watched(lambda: counted.append(count(call)), where)
-    if seconds >= slow:
-        return Cost(seconds, seconds, 1, *memory), counted[0]
+    first = timed(lambda: counted.append(count(call)), where)
     seconds, *memory = watched(call, where)
+    if max(first, seconds) >= slow:
+        return Cost(seconds, seconds, 1, *memory), counted[0]
     repeats = min(max(round(REPEAT_SECONDS / seconds), REPEATS[0]), REPEATS[1])
     times = [timed(call, where) for _ in range(repeats)]
     return Cost(float(np.median(times)), min(times), repeats, *memory), counted[0]

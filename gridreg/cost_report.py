@@ -122,9 +122,9 @@ def definitions(frame: pd.DataFrame, reference: str) -> list[str]:
     memory = "by how much the process grew, after a warm-up and with freed memory given back,"
     memory = "what was allocated on the GPU" if on_gpu(frame) else memory
     notes = [
-        "Time: network and warp, images on the device, median of several calls after a warm-up; a slow call is "
-        "made once, without one, and is then overstated by the mapping of its memory. Against GridReg: "
-        f"divided by that of {label(reference)}. The parts of GridReg were timed in calls of their own.",
+        "Time: network and warp, images on the device, median of several calls after a warm-up; of a slow one, "
+        f"the first after the warm-up. Against GridReg: divided by that of {label(reference)}. The parts of GridReg were "
+        "timed in calls of their own.",
         f"Memory: {memory} at the peak of one call, beyond weights and images. For training, gradients and Adam's state are "
         "in it.",
         "Multiply-adds: those of convolutions, matrix products and attention; no norms, activations or interpolation.",

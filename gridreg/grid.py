@@ -65,17 +65,11 @@ def control_point_coordinates(grid_size: Shape, shape: Shape, device=None, dtype
 
 
 @lru_cache(maxsize=8)
-def _normalised_axes(shape: Shape, device: torch.device) -> list[Tensor]:
-    """Per axis, coordinates in [-1, 1] shaped to broadcast over (W, H, D); they differ only by shape, so cached.
-
-    On a CPU they are float64: in float32 the rounding of [-1, 1] moves voxel 127 by 1e-5 voxels, and ``grid_sample``
-    is as fast in either.
-    """
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    return [
-        torch.linspace(-1, 1, n, device=device, dtype=dtype).view([-1 if b == a else 1 for b in range(3)])
-        for a, n in enumerate(shape)
-    ]
+@torch.inference_mode(False)  # what is kept must serve a training too
+def _normalised_axes(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Per axis, coordinates in [-1, 1] shaped to broadcast over (W, H, D); they differ only by shape, so cached."""
+    axes = [torch.linspace(-1, 1, n, dtype=torch.float64).to(device, dtype) for n in shape]
+    return [axis.view([-1 if b == a else 1 for b in range(3)]) for a, axis in enumerate(axes)]
 
 
 def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
@@ -83,14 +77,19 @@ def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
 
     Beyond the border the border's value is read. ``mode`` is "linear" or "nearest". Returns (B, C, w, h, d).
     """
+    volume_type, volume = volume.dtype, volume.to(coordinates.dtype)
+    # On a CPU, PyTorch shares out a batch among threads, but not one volume: then every slice is one of a batch.
+    slices = volume.shape[0] == 1 and volume.device.type == "cpu" and not volume.requires_grad
+    if slices:
+        volume, coordinates = volume.expand(coordinates.shape[1], -1, -1, -1, -1), coordinates[0, :, None]
     values = F.grid_sample(
-        volume.to(coordinates.dtype),
+        volume,
         coordinates,
         mode={"linear": "bilinear", "nearest": "nearest"}[mode],
         padding_mode="border",
         align_corners=True,
     )
-    return values.to(volume.dtype)
+    return (values.permute(2, 1, 0, 3, 4) if slices else values).to(volume_type)
 
 
 def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
@@ -100,7 +99,8 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     displacement  (B, 3, W, H, D) in voxels; of the moving grid, should the two sizes differ
     returns       (B, C, W, H, D)
 
-    ValueError on other shapes, or batches that differ.
+    In float32, a voxel is read within 1e-7 of the image size of where it should be, 1e-5 voxels of 128; a displacement
+    in float64 is exact. ValueError on other shapes, or batches that differ.
     """
     check_volume(moving, None, "moving")
     check_volume(displacement, 3, "displacement")
@@ -109,9 +109,10 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     if mode == "linear" and not moving.is_floating_point():
         raise ValueError(f"moving holds {moving.dtype}, which linear interpolation would truncate; expected floats")
     shape, size = tuple(displacement.shape[2:]), moving.shape[2:]
-    axes = _normalised_axes(shape, displacement.device)
+    displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
+    axes = _normalised_axes(shape, displacement.device, displacement.dtype)
     coordinates = torch.stack(
-        [axes[a] + displacement[:, a] * (2 / max(size[a] - 1, 1)) for a in (2, 1, 0)], dim=-1
+        [torch.add(axes[a], displacement[:, a], alpha=2 / max(size[a] - 1, 1)) for a in (2, 1, 0)], dim=-1
     )
     return sample(moving, coordinates, mode)
 

@@ -77,11 +77,11 @@ def load_pair(source: Path | str, shape: Shape, spacing_mm: float, split: str = 
 
 @contextmanager
 def watching(network: GridReg) -> Iterator[dict[str, list]]:
-    """Keep, level by level, what every attention receives and what every decoder level returns."""
-    kept: dict[str, list] = {"attention": [], "result": []}
+    """Keep, level by level, what the attention receives, in one call or several, and what the level returns."""
+    kept: dict[str, list] = {"attention": [[] for _ in network.decoder], "result": []}
     hooks = []
-    for level in network.decoder:
-        hooks.append(level.attention.register_forward_pre_hook(lambda _, given: kept["attention"].append(given)))
+    for level, calls in zip(network.decoder, kept["attention"]):
+        hooks.append(level.attention.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(given)))
         hooks.append(level.register_forward_hook(lambda _, given, result: kept["result"].append(result)))
     try:
         yield kept
@@ -90,11 +90,11 @@ def watching(network: GridReg) -> Iterator[dict[str, list]]:
             hook.remove()
 
 
-def attention_weights(attention: CrossAttention, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """(columns, G / columns, HEADS, N) softmax(Q Kᵀ / √d) of the first case (paper, equation 3.1), written out."""
+def attention_weights(attention: CrossAttention, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(windows, G / windows, HEADS, N) softmax(Q Kᵀ / √d) of the first case (paper, equation 3.1), written out."""
     q = attention.query(queries).unflatten(-1, (HEADS, HEAD_CHANNELS))
-    q = q.unflatten(0, (tokens.shape[1], -1))  # (columns, points, heads, d)
-    k = attention.key(tokens[0]).unflatten(-1, (HEADS, HEAD_CHANNELS))  # (columns, N, heads, d)
+    q = q.unflatten(0, (tokens.shape[1], -1))  # (windows, points, heads, d)
+    k = attention.key(tokens[0]).unflatten(-1, (HEADS, HEAD_CHANNELS))  # (windows, N, heads, d)
     logits = torch.einsum("cphd,cnhd->cphn", q, k) / HEAD_CHANNELS**0.5
     if mask is not None:
         logits = logits + mask.unflatten(0, (-1, HEADS))
@@ -117,11 +117,11 @@ def _places(features: Shape, grid: Shape, shape: Shape, coarsest: bool) -> Tenso
     return torch.stack(axes, dim=-1).flatten(3, 5).flatten(0, 2).float()
 
 
-def _of_each_point(weights: Tensor, features: Shape, grid: Shape) -> Tensor:
-    """(G, HEADS, n) weights of the tokens that each control point sees, of those of its column (columns, gd, HEADS, N)."""
-    p = tokens_a_spacing(features[2], grid[2])
-    seen = p * torch.arange(grid[2])[:, None] + torch.arange(2 * p)  # (gd, 2p) along the last axis
-    weights = weights.unflatten(-1, (-1, p * (grid[2] + 1)))
+def _of_each_point(weights: Tensor, p: int) -> Tensor:
+    """(G, HEADS, n) weights of the tokens that each control point sees, of those of its window (windows, q, HEADS, N)."""
+    q = weights.shape[1]
+    seen = p * torch.arange(q)[:, None] + torch.arange(2 * p)  # (q, 2p) along the last axis
+    weights = weights.unflatten(-1, (-1, p * (q + 1)))
     return weights.take_along_dim(seen[None, :, None, None], -1).flatten(-2).flatten(0, 1)
 
 
@@ -143,9 +143,9 @@ def attend(network: GridReg, pair: Pair, grid_size: int | Shape) -> list[Level]:
     levels = []
     for layer, level, given, result in zip(network.layers, network.decoder, kept["attention"], kept["result"]):
         here = grid_size if level.coarsest else level_grid(grid_size, sizes[layer])
-        queries, tokens, mask = (*given, None)[:3]
-        weights = attention_weights(level.attention, queries, tokens, mask)
-        weights = weights.flatten(0, 1) if level.coarsest else _of_each_point(weights, sizes[layer], here)
+        weights = torch.cat([attention_weights(level.attention, *call) for call in given])
+        p = tokens_a_spacing(sizes[layer][2], here[2])
+        weights = weights.flatten(0, 1) if level.coarsest else _of_each_point(weights, p)
         places = _places(sizes[layer], here, shape, level.coarsest)
         levels.append(Level(layer, here, sizes[layer], weights, places, result[0]))
     return levels

@@ -6,6 +6,7 @@ the grid enters through its coordinates alone, so one model serves every grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +23,8 @@ STRIDED_LAYERS = 4  # later layers keep the resolution
 CHANNELS = 32  # C_p = C_pe = C_d: tokens, positional encodings and decoder features
 HEADS, HEAD_CHANNELS = 2, 32
 LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
+CACHED = 2**21  # numbers at once in windows, so that they stay in a cache
+SHARED = 5  # control points to a window: more of them look at tokens in vain, fewer need more memory
 MAX_TOKENS_A_SPACING = 2  # along one axis; a local window is two control-point spacings wide
 LOG_VARIANCE = (-14.0, 0.0)  # σ lies between a thousandth of half the image and half the image
 
@@ -49,8 +52,7 @@ class EncoderLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.instance_norm(self.conv(x), use_input_stats=True)
-        return F.relu(x + self.bias.view(-1, 1, 1, 1))
+        return F.relu(F.instance_norm(self.conv(x), bias=self.bias, use_input_stats=True), inplace=True)
 
 
 def encoding(coordinates: Tensor) -> Tensor:
@@ -99,40 +101,53 @@ def token_basis(n: int, g: int, p: int, device: torch.device, dtype: torch.dtype
     return (weights / weights.sum(1, keepdim=True)).to(device, dtype)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def window_basis(n: int, g: int, p: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(g·2p, n): the rows of ``token_basis`` window by window."""
-    return token_basis(n, g, p, device, dtype).unfold(0, 2 * p, p).transpose(1, 2).reshape(g * 2 * p, n).contiguous()
+def points_a_window(g: int) -> int:
+    """How many of g control points share a window along an axis: about SHARED, and all windows alike."""
+    return min((q for q in range(2, g + 1) if g % q == 0), key=lambda q: abs(q - SHARED))
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def column_mask(g: int, p: int, columns: int, device: torch.device) -> Tensor:
-    """(g·HEADS, columns·p·(g + 1)): 0 where a control point of a column sees a token, -inf elsewhere."""
-    after = torch.arange(p * (g + 1)) - p * torch.arange(g)[:, None]
+def window_basis(n: int, g: int, p: int, q: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(g / q · p·(q + 1), n): the rows of ``token_basis`` window by window, each around q control points."""
+    rows = token_basis(n, g, p, device, dtype).unfold(0, p * (q + 1), p * q)
+    return rows.transpose(1, 2).reshape(-1, n).contiguous()
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def window_mask(q: int, p: int, columns: int, device: torch.device) -> Tensor:
+    """(q·HEADS, columns·p·(q + 1)): 0 where one of q control points in a row sees a token of theirs, else -inf."""
+    after = torch.arange(p * (q + 1)) - p * torch.arange(q)[:, None]
     seen = ((after >= 0) & (after < 2 * p)).repeat_interleave(HEADS, 0).repeat(1, columns)
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).to(device)
 
 
-def to_windows(tokens: Tensor, grid_size: Shape) -> tuple[Tensor, Tensor]:
-    """The tokens (B, C, w, h, d) near each column of control points along the last axis, and who sees which.
+def windows(tokens: Tensor, grid_size: Shape) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The tokens (B, C, w, h, d) near the control points, and who sees which, some planes of the grid after the other.
 
-    Returns (B, gw·gh, N, C) tokens resampled to positions around the control points, and the (gd·HEADS, N) mask of a
-    column. Windows along the first two axes are written out; along the last one control points share the tokens of
-    their column, which spares most of the memory that windows of their own would take.
+    Yields which control points, the (B, windows, N, C) tokens resampled to positions around them, and the (q·HEADS, N)
+    mask of a window. Along the first two axes every control point has a window of its own; along the last one, q of
+    them share one, which spares most of the work that windows of their own would take.
     """
     counts = [tokens_a_spacing(n, g) for n, g in zip(tokens.shape[2:], grid_size)]
-    like = tokens.device, tokens.dtype
-    x, y = (window_basis(tokens.shape[2 + a], grid_size[a], counts[a], *like) for a in (0, 1))
-    z = token_basis(tokens.shape[4], grid_size[2], counts[2], *like)
-    (gw, gh, gd), (mw, mh) = grid_size, (2 * counts[0], 2 * counts[1])
+    shared = (1, 1, points_a_window(grid_size[2]))
+    x, y, z = (
+        window_basis(n, g, p, q, tokens.device, tokens.dtype)
+        for n, g, p, q in zip(tokens.shape[2:], grid_size, counts, shared)
+    )
+    mw, mh, md = (p * (q + 1) for p, q in zip(counts, shared))
+    mask = window_mask(shared[2], counts[2], mw * mh, tokens.device)
     tokens = z @ tokens.permute(0, 2, 3, 4, 1)  # channels last, so that every copy below moves whole tokens
     batch, _, h, length, channels = tokens.shape
-    tokens = (x @ tokens.flatten(2)).view(batch, gw, mw, h, length * channels)
-    tokens = (y @ tokens).view(batch, gw, mw, gh, mh, length * channels).transpose(2, 3)
-    tokens = tokens.reshape(batch, gw * gh, mw * mh * length, channels)
-    return tokens, column_mask(gd, counts[2], mw * mh, tokens.device)
+    plane = batch * mw * len(y) * length * channels
+    planes = max(CACHED // plane, 1) if tokens.device.type == "cpu" else grid_size[0]
+    for number, rows in enumerate(x.split(planes * mw)):
+        some = (rows @ tokens.flatten(2)).view(batch, -1, h, length * channels)
+        some = (y @ some).view(batch, -1, mw, grid_size[1], mh, length // md, md * channels)
+        some = some.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, -1, mw * mh * md, channels)
+        points = planes * grid_size[1] * grid_size[2]
+        yield slice(number * points, (number + 1) * points), some, mask
 
 
 class CrossAttention(nn.Module):
@@ -151,15 +166,15 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(inner, CHANNELS)
 
     def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """queries (G, CHANNELS), in columns that share tokens (B, columns, N, C). Returns (B, G, CHANNELS).
+        """queries (G, CHANNELS), some of which share tokens (B, windows, N, C). Returns (B, G, CHANNELS).
 
-        mask (G / columns · HEADS, N) is added to the logits of every column.
+        mask (G / windows · HEADS, N) is added to the logits of every window.
         """
         per_head = (HEADS, HEAD_CHANNELS)
         q = self.query(queries).unflatten(-1, per_head) / HEAD_CHANNELS**0.5
         probes = torch.einsum("ghd,hdc->ghc", q, self.key.weight.unflatten(0, per_head))
-        batch, columns, _, channels = tokens.shape
-        probes = probes.reshape(columns, -1, channels).expand(batch, -1, -1, -1)  # (B, columns, G·H / columns, C)
+        batch, windows, _, channels = tokens.shape
+        probes = probes.reshape(windows, -1, channels).expand(batch, -1, -1, -1)  # (B, windows, G·HEADS / windows, C)
         logits = probes @ tokens.transpose(2, 3)
         pooled = (logits if mask is None else logits + mask).softmax(-1) @ tokens
         pooled = pooled.reshape(batch, -1, HEADS, channels)
@@ -207,11 +222,11 @@ class DecoderLevel(nn.Module):
     def forward(self, features: Tensor, carried: Tensor | None, carried_grid: Shape | None, grid_size: Shape) -> Tensor:
         """carried (B, G', CHANNELS) on its own grid; returns (B, G, CHANNELS)."""
         tokens = self.tokens(features, carried, carried_grid)
+        queries = grid_encoding(grid_size, features.device, self.norm.weight.dtype)
         if self.coarsest:
-            tokens, mask = tokens.flatten(2).transpose(1, 2)[:, None], None
+            y = self.attention(queries, tokens.flatten(2).transpose(1, 2)[:, None])
         else:
-            tokens, mask = to_windows(tokens, grid_size)
-        y = self.attention(grid_encoding(grid_size, features.device, self.norm.weight.dtype), tokens, mask)
+            y = torch.cat([self.attention(queries[some], *seen) for some, *seen in windows(tokens, grid_size)], dim=1)
         if carried is not None:
             y = y + resize(carried, carried_grid, grid_size)
         return y + self.mlp(self.norm(y))

@@ -37,7 +37,18 @@ def constant_field(*vector: float, shape=SHAPE) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 def test_zero_field_is_the_identity(shape, mode):
     moving = torch.rand(2, 2, *shape)
-    torch.testing.assert_close(warp(moving, torch.zeros(2, 3, *shape), mode), moving, rtol=0, atol=1e-6)
+    exact, near = torch.zeros(2, 3, *shape, dtype=torch.float64), torch.zeros(2, 3, *shape)
+    torch.testing.assert_close(warp(moving, exact, mode), moving, rtol=0, atol=1e-6)
+    torch.testing.assert_close(warp(moving, near, mode), moving, rtol=0, atol=1.5e-7 * max(shape))
+
+
+def test_one_volume_is_warped_as_one_of_a_batch():
+    """A single volume goes to the threads slice by slice."""
+    moving, displacement = torch.rand(2, 3, *SHAPE), torch.randn(2, 3, *SHAPE)
+    for moves in (moving, moving.clone().requires_grad_()):
+        together = warp(moves, displacement)
+        for i in range(2):
+            torch.testing.assert_close(warp(moves[i : i + 1], displacement[i : i + 1]), together[i : i + 1], rtol=0, atol=0)
 
 
 def test_zero_field_is_not_the_identity_in_the_released_code():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import gridreg.network
 from gridreg.lesson_attention import Pair, attend, attention_table, attention_weights, costs, early_exits, tokens_in_use, watching
 from gridreg.lesson_attention_view import attention_figure, cost_figure, levels_figure
 from gridreg.lesson_sliders import picture
@@ -32,17 +33,20 @@ def pair() -> Pair:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("cached", [1, 2**21])
 @pytest.mark.parametrize("grid", [(3, 3, 3), (5, 6, 7), (9, 9, 9)])
-def test_weights_computed_again_reproduce_what_the_layer_returned(network, pair, grid):
+def test_weights_computed_again_reproduce_what_the_layer_returned(network, pair, grid, cached, monkeypatch):
+    monkeypatch.setattr(gridreg.network, "CACHED", cached)
     returned = []
     hooks = [level.attention.register_forward_hook(lambda _, given, result: returned.append(result[0])) for level in network.decoder]
     with watching(network) as kept:
         network(pair.fixed, pair.moving, grid)
     for hook in hooks:
         hook.remove()
-    for level, given, result in zip(network.decoder, kept["attention"], returned):
-        queries, tokens, mask = (*given, None)[:3]
-        weights = attention_weights(level.attention, queries, tokens, mask)
+    calls = [(level, given) for level, several in zip(network.decoder, kept["attention"]) for given in several]
+    assert len(calls) == len(returned) and (len(calls) == 3) == (cached > 1)
+    for (level, given), result in zip(calls, returned):
+        tokens, weights = given[1], attention_weights(level.attention, *given)
         values = level.attention.value(tokens[0]).unflatten(-1, (HEADS, HEAD_CHANNELS))
         pooled = torch.einsum("cphn,cnhd->cphd", weights, values).flatten(0, 1)
         assert weights.std() > 0.01

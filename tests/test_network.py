@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from gridreg import metrics
+from gridreg import network as network_module
 from gridreg.grid import control_point_coordinates
 from gridreg.methods import parameter_count as count
 from gridreg.network import (
@@ -20,10 +22,11 @@ from gridreg.network import (
     encoding,
     grid_encoding,
     level_grid,
-    to_windows,
+    points_a_window,
     token_basis,
     token_positions,
     tokens_a_spacing,
+    windows,
 )
 
 SHAPE = (24, 27, 31)  # odd sizes, no multiples of 16
@@ -140,18 +143,31 @@ def test_tokens_are_averages_of_near_features(n, g):
         assert (weights.sum(0) > 0).all()
 
 
-def test_a_column_sees_the_tokens_around_each_of_its_control_points():
+@pytest.mark.parametrize("grid", [(5, 7, 9), (7, 3, 15), (9, 5, 7), (5, 5, 25)])
+def test_a_control_point_sees_the_tokens_around_it(grid, monkeypatch):
     """Tokens that hold their own coordinates: the mean of those seen is then where the control point is."""
-    shape, grid = (7, 10, 13), (5, 7, 9)  # 1.5 feature voxels a spacing
+    shape = tuple(3 * (g - 1) // 2 + 1 for g in grid)  # 1.5 feature voxels a spacing
     coordinates = control_point_coordinates(shape, shape)
-    tokens, mask = to_windows(torch.stack([coordinates, 2 * coordinates]), grid)
-    seen = mask.unflatten(0, (grid[2], HEADS))[:, 0].exp()  # (gd, N): 1 or 0
-    assert tokens.shape == (2, 5 * 7, seen.shape[1], 3) and (seen.sum(1) == 4**3).all()
-    means = torch.einsum("bcnk,zn->bkcz", tokens, seen / seen.sum(1, keepdim=True)).unflatten(2, grid[:2])
-    expected = control_point_coordinates(grid, shape)
-    inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))  # windows at the border are cut off
-    torch.testing.assert_close(means[0][inner], expected[inner])
-    torch.testing.assert_close(means[1][inner], 2 * expected[inner])
+    volumes = torch.stack([coordinates, 2 * coordinates])
+    for cached in (1, network_module.CACHED):  # one plane of control points after the other, and all at once
+        monkeypatch.setattr(network_module, "CACHED", cached)
+        blocks = list(windows(volumes, grid))
+        assert len(blocks) == (grid[0] if cached == 1 else 1)
+        numbers = np.concatenate([np.arange(math.prod(grid))[some] for some, _, _ in blocks])
+        assert (numbers == np.arange(math.prod(grid))).all()
+        tokens, mask = torch.cat([seen for _, seen, _ in blocks], dim=1), blocks[0][2]
+        q = points_a_window(grid[2])
+        seen = mask.unflatten(0, (q, HEADS))[:, 0].exp()  # (q, N): 1 or 0
+        assert tokens.shape == (2, math.prod(grid) // q, seen.shape[1], 3) and (seen.sum(1) == 4**3).all()
+        means = torch.einsum("bwnk,qn->bkwq", tokens, seen / seen.sum(1, keepdim=True)).reshape(2, 3, *grid)
+        expected = control_point_coordinates(grid, shape)
+        inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))  # windows at the border are cut off
+        torch.testing.assert_close(means[0][inner], expected[inner])
+        torch.testing.assert_close(means[1][inner], 2 * expected[inner])
+
+
+def test_windows_of_equal_size_hold_about_as_many_control_points_as_wanted():
+    assert [points_a_window(g) for g in (2, 5, 7, 8, 10, 15, 31)] == [2, 5, 7, 4, 5, 5, 31]
 
 
 def test_a_local_level_is_decoded_no_finer_than_it_can_tell():

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Shape = tuple[int, int, int]
+SLAB = 2**18  # voxels that are warped at once
 
 
 def as_shape(size: int | Shape, name: str = "size") -> Shape:
@@ -66,9 +67,13 @@ def control_point_coordinates(grid_size: Shape, shape: Shape, device=None, dtype
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept must serve a training too
-def _normalised_axes(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Per axis, coordinates in [-1, 1] shaped to broadcast over (W, H, D); they differ only by shape, so cached."""
-    axes = [torch.linspace(-1, 1, n, dtype=torch.float64).to(device, dtype) for n in shape]
+def _normalised_axes(shape: Shape, device: torch.device) -> list[Tensor]:
+    """Per axis, coordinates in [-1, 1] shaped to broadcast over (W, H, D); they differ only by shape, so cached.
+
+    On a CPU they are float64: in float32 the rounding of [-1, 1] moves voxel 127 by 1e-5 voxels.
+    """
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    axes = [torch.linspace(-1, 1, n, device=device, dtype=dtype) for n in shape]
     return [axis.view([-1 if b == a else 1 for b in range(3)]) for a, axis in enumerate(axes)]
 
 
@@ -99,8 +104,7 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     displacement  (B, 3, W, H, D) in voxels; of the moving grid, should the two sizes differ
     returns       (B, C, W, H, D)
 
-    In float32, a voxel is read within 1e-7 of the image size of where it should be, 1e-5 voxels of 128; a displacement
-    in float64 is exact. ValueError on other shapes, or batches that differ.
+    ValueError on other shapes, or batches that differ.
     """
     check_volume(moving, None, "moving")
     check_volume(displacement, 3, "displacement")
@@ -109,12 +113,14 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     if mode == "linear" and not moving.is_floating_point():
         raise ValueError(f"moving holds {moving.dtype}, which linear interpolation would truncate; expected floats")
     shape, size = tuple(displacement.shape[2:]), moving.shape[2:]
-    displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
-    axes = _normalised_axes(shape, displacement.device, displacement.dtype)
-    coordinates = torch.stack(
-        [torch.add(axes[a], displacement[:, a], alpha=2 / max(size[a] - 1, 1)) for a in (2, 1, 0)], dim=-1
-    )
-    return sample(moving, coordinates, mode)
+    axes = _normalised_axes(shape, displacement.device)
+    volume, warped, first = moving.to(axes[0].dtype), [], 0
+    for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=2):  # its coordinates stay in a cache
+        of_slab = [axes[0][first : first + slab.shape[2]], *axes[1:]]
+        coordinates = [torch.add(of_slab[a], slab[:, a], alpha=2 / max(size[a] - 1, 1)) for a in (2, 1, 0)]
+        warped.append(sample(volume, torch.stack(coordinates, dim=-1), mode).to(moving.dtype))
+        first += slab.shape[2]
+    return torch.cat(warped, dim=2)
 
 
 def transform_points(points: Tensor, displacement: Tensor) -> Tensor:

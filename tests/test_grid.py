@@ -37,13 +37,12 @@ def constant_field(*vector: float, shape=SHAPE) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 def test_zero_field_is_the_identity(shape, mode):
     moving = torch.rand(2, 2, *shape)
-    exact, near = torch.zeros(2, 3, *shape, dtype=torch.float64), torch.zeros(2, 3, *shape)
-    torch.testing.assert_close(warp(moving, exact, mode), moving, rtol=0, atol=1e-6)
-    torch.testing.assert_close(warp(moving, near, mode), moving, rtol=0, atol=1.5e-7 * max(shape))
+    torch.testing.assert_close(warp(moving, torch.zeros(2, 3, *shape), mode), moving, rtol=0, atol=1e-6)
 
 
-def test_one_volume_is_warped_as_one_of_a_batch():
-    """A single volume goes to the threads slice by slice."""
+def test_one_volume_is_warped_as_one_of_a_batch(monkeypatch):
+    """A single volume goes to the threads slice by slice; slabs of two slices here."""
+    monkeypatch.setattr(gridreg.grid, "SLAB", 2 * SHAPE[1] * SHAPE[2])
     moving, displacement = torch.rand(2, 3, *SHAPE), torch.randn(2, 3, *SHAPE)
     for moves in (moving, moving.clone().requires_grad_()):
         together = warp(moves, displacement)

@@ -92,8 +92,7 @@ def token_positions(g: int, p: int) -> Tensor:
 def token_basis(n: int, g: int, p: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """(p·(g + 1), n) weights that read n equidistant, corners-included values at the tokens' positions.
 
-    Linear interpolation, its hat widened to the distance between tokens where that is the larger, so that no
-    feature voxel between two tokens goes unseen.
+    Linear interpolation, its hat widened to the distance between tokens where that is larger: no voxel goes unseen.
     """
     voxels = (n - 1) / (g - 1)  # to a control-point spacing
     distance = (token_positions(g, p)[:, None] * voxels - torch.arange(n, dtype=torch.float64)).abs()
@@ -127,15 +126,12 @@ def windows(tokens: Tensor, grid_size: Shape) -> Iterator[tuple[slice, Tensor, T
     """The tokens (B, C, w, h, d) near the control points, and who sees which, some planes of the grid after the other.
 
     Yields which control points, the (B, windows, N, C) tokens resampled to positions around them, and the (q·HEADS, N)
-    mask of a window. Along the first two axes every control point has a window of its own; along the last one, q of
-    them share one, which spares most of the work that windows of their own would take.
+    mask of a window. Along the last axis, q control points share a window, which spares most of the copying.
     """
     counts = [tokens_a_spacing(n, g) for n, g in zip(tokens.shape[2:], grid_size)]
     shared = (1, 1, points_a_window(grid_size[2]))
-    x, y, z = (
-        window_basis(n, g, p, q, tokens.device, tokens.dtype)
-        for n, g, p, q in zip(tokens.shape[2:], grid_size, counts, shared)
-    )
+    axes = zip(tokens.shape[2:], grid_size, counts, shared)
+    x, y, z = (window_basis(*axis, tokens.device, tokens.dtype) for axis in axes)
     mw, mh, md = (p * (q + 1) for p, q in zip(counts, shared))
     mask = window_mask(shared[2], counts[2], mw * mh, tokens.device)
     tokens = z @ tokens.permute(0, 2, 3, 4, 1)  # channels last, so that every copy below moves whole tokens
@@ -185,8 +181,7 @@ class CrossAttention(nn.Module):
 def level_grid(grid_size: Shape, shape: Shape) -> Shape:
     """The grid on which a local level of ``shape`` feature voxels is decoded: at most a point on and between any two.
 
-    More would read the same features again. It spares work on small images only: of 128³ voxels the coarsest local
-    level has 16³, where any grid up to 31×31×31 is decoded as it is.
+    More would read the same features again. It spares work on small images only: with 128³ voxels it starts at 32³ points.
     """
     return tuple(min(g, max(2 * n - 1, 2)) for g, n in zip(grid_size, shape))
 
@@ -265,9 +260,7 @@ class GridReg(nn.Module):
             EncoderLayer(widths[i], widths[i + 1], 2 if i < STRIDED_LAYERS else 1) for i in range(num_layers)
         )
         self.layers = (num_layers, *LOCAL_LAYERS) if projector else (num_layers,)
-        self.decoder = nn.ModuleList(
-            DecoderLevel(widths[layer], coarsest=layer == num_layers) for layer in self.layers
-        )
+        self.decoder = nn.ModuleList(DecoderLevel(widths[layer], coarsest=layer == num_layers) for layer in self.layers)
         self.mean = nn.Linear(CHANNELS, 3)
         self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
         nn.init.normal_(self.mean.weight, std=1e-3)  # start near the identity, so that the first gradients mean something

@@ -24,7 +24,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env repro benchmark smoke test lab checkpoints cohort lock
+.PHONY: help env repro benchmark smoke test test-browser lab checkpoints cohort lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -109,6 +109,10 @@ checkpoints: $(STAMP) ## Train again what the interactive notebooks open: an ada
 	for dataset in prostate pelvis brain; do \
 		"$(BIN)/python" -m gridreg.train $$dataset gridreg-bayesian --out checkpoints/$$dataset || exit; done
 	"$(BIN)/dvc" add checkpoints && "$(BIN)/dvc" push checkpoints.dvc
+
+test-browser: $(STAMP) ## Run the interactive notebooks in a real browser: a Chromium on the path (nothing is installed)
+	@$(DATA)
+	GRIDREG_BROWSER=required "$(BIN)/python" -m pytest tests/test_browser.py $(ARGS)
 
 cohort: PROFILE ?= paper
 cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper)

@@ -11,7 +11,7 @@ In reading order:
     memory, cost, benchmark, cost_report                               what registration costs
     results, stats, tables, figures, panels, architecture              per-case results to tables and figures
     oracle, calibration, false_correspondence, panels_truth            what a known truth can tell
-    pair, explorer, lesson_freedom, lesson_basis, lesson_attention     the interactive notebooks, and what they draw
+    widget_keys, pair, explorer, lesson_freedom, lesson_basis, lesson_attention    the interactive notebooks
     subjects, phantom, brain, diffeo, scanner, cohort                  the simulated cohorts
     params, schema                                                     params.yaml
 

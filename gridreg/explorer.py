@@ -146,6 +146,7 @@ def measure(registered: Registered) -> dict[str, dict[str, float]]:
             row["Dice"] = metrics.dice(case.labels[0], warp_labels(case.labels[1], u))
         if case.truth is not None:
             row["true TRE (mm)"] = metrics.tre_mm(u, case.truth[0], case.region & case.truth[1], case.spacing[0])
-        row["folded voxels (%)"] = metrics.folding_percent(metrics.jacobian_determinant(u), everywhere)
+        folded = metrics.folding_percent(metrics.jacobian_determinant(u), everywhere) if u.any() else 0.0
+        row["folded voxels (%)"] = folded
         rows[when] = row
     return rows

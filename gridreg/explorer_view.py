@@ -48,6 +48,13 @@ def first_look(registered: Registered) -> Look:
     return Look(central_voxel(case.labels[0], case.shape), overlay=next(iter(registered.maps())))
 
 
+class Shown(Figure):
+    """A figure that a notebook shows by itself: pyplot, which would see to that, is not needed here."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
 class View:
     """The picture of one registered case. ``draw(look)`` gives a PNG; ``voxel_at`` says what a click in it means."""
 
@@ -89,7 +96,7 @@ class View:
         heights = [mm[up] * inch for _, _, up, _ in VIEWS.values()]
         width = LEFT + 4 * PANEL + 3 * GAP + RIGHT
         height = TOP + sum(heights) + 2 * GAP + BOTTOM
-        self.figure = Figure((width, height), dpi=DPI)
+        self.figure = Shown((width, height), dpi=DPI)
         self.canvas = FigureCanvasAgg(self.figure)
         self.panels, self.heads = {}, []
         top = height - TOP
@@ -222,7 +229,7 @@ def error_figure(registered: Registered) -> Figure | None:
         return None
     error, sigma = known
     with styled(), mpl.rc_context({"axes.titlesize": 9}):
-        figure = Figure((7.2, 3.1), dpi=DPI, layout="constrained")
+        figure = Shown((7.2, 3.1), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         predicted, found = spread_bins(error, sigma)
@@ -232,7 +239,7 @@ def error_figure(registered: Registered) -> Figure | None:
         left.set(xlim=(0, most), ylim=(0, most), xlabel="σ, root mean square (mm)", ylabel="error, root mean square (mm)",
                  title="Is the error as large as σ says?")  # fmt: skip
         right.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls="--", label="ideal")
-        right.plot(LEVELS, coverage(error, sigma), "o-", color=COLOURS["gridreg-adaptive"], ms=3, label="this case")
+        right.plot(LEVELS, coverage(error, sigma, LEVELS), "o-", color=COLOURS["gridreg-adaptive"], ms=3, label="this case")
         right.set(xlim=(0, 1), ylim=(0, 1), xlabel="central interval of the predicted distribution",
                   ylabel="share of errors within it", title="Coverage")  # fmt: skip
         for ax, free in ((left, "lower right"), (right, "upper left")):

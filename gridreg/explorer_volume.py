@@ -1,19 +1,25 @@
-"""The explorer's 3-D view: the fixed image with a map in millimetres laid over it, turned by the mouse (needs WebGL)."""
+"""The explorer's 3-D view: the fixed image under a map in mm, as three slices and a body to turn (needs WebGL)."""
 
 from __future__ import annotations
 
 import nibabel
 import numpy as np
-from ipyniivue import NiiVue, Volume
+from ipyniivue import NiiVue, ShowRender, Volume
 
 from gridreg.explorer import Registered
 
 
 def volume_view(registered: Registered, overlay: str = "", opacity: float = 0.5, height: int = 400) -> NiiVue:
-    """An ipyniivue widget of the fixed image and one of ``Registered.maps`` (by default the first), on the case's grid."""
+    """An ipyniivue widget of the fixed image and one of ``Registered.maps`` (by default the first), on the case's grid.
+
+    Slices are shown as radiologists do, the patient's right on the left, as everywhere here.
+    """
     maps = registered.maps()
     values = np.nan_to_num(maps[overlay or next(iter(maps))])
-    viewer = NiiVue(height=height)
+    viewer = NiiVue(
+        height=height, multiplanar_show_render=ShowRender.ALWAYS, is_radiological_convention=True, is_colorbar=True,
+        crosshair_width=0.7, crosshair_width_unit="mm", crosshair_color=(1, 1, 1, 0.8), show_3d_crosshair=True,
+    )  # fmt: skip
     viewer.load_volumes([
         _volume("fixed.nii", registered.case.fixed, registered, colormap="gray", colorbar_visible=False),
         _volume("map.nii", values, registered, colormap="viridis", opacity=opacity, cal_min=0.0,

@@ -17,6 +17,7 @@ from gridreg.errors import InputError
 from gridreg.explorer import AXES, Registered, load_network, measure, read_out, register_case
 from gridreg.explorer_view import COMPARISONS, VECTORS, Look, View, error_figure, first_look, png
 from gridreg.pair import Case, demo_case, demo_pairs, own_case, save
+from gridreg.widget_keys import WidgetKeys
 
 GRIDS = (3, 20)  # control points per axis that the slider offers
 FRAMES = 40  # of flicker and samples
@@ -79,9 +80,9 @@ class Explorer(widgets.VBox):
         if dataset not in known:
             raise InputError(f"{self.checkpoints}: found no model for '{dataset}', expected one of {', '.join(known) or 'none'}.")
         self.dataset = widgets.Dropdown(options=known, value=dataset, description="model" if self.files else "dataset")
-        self.pair = widgets.Dropdown(description="pair", layout={"display": "none" if self.files else None})
+        self.pair = widgets.Dropdown(description="pair")
         self.grid = widgets.IntSlider(10, *GRIDS, description="grid size", continuous_update=False)
-        self.crosshair = [widgets.IntSlider(description=axis, layout={"width": "95%"}) for axis in AXES]
+        self.crosshair = [widgets.IntSlider(description=axis) for axis in AXES]
         self.comparison = widgets.Dropdown(options=COMPARISONS, description="third column")
         self.overlay = widgets.Dropdown(description="map")
         self.opacity = widgets.FloatSlider(0.0, min=0, max=1, step=0.05, description="overlay")
@@ -92,11 +93,15 @@ class Explorer(widgets.VBox):
         self.button = widgets.Button(description="Save as NIfTI", icon="save")
         self.said, self.found, self.picture = widgets.HTML(), widgets.HTML(), Picture()
         self.reliability = widgets.Image(format="png", layout={"display": "none", "max_width": "100%"})
+        controls = (self.dataset, self.pair, self.grid, *self.crosshair, self.comparison, self.overlay, self.opacity, self.vectors)
+        for control in controls:
+            control.layout.width, control.style.description_width = "340px", "88px"
+        self.frame.style.description_width, self.pair.layout.display = "50px", "none" if self.files else None
         left = widgets.VBox([self.dataset, self.pair, self.grid, *self.crosshair, self.comparison,
                              widgets.HBox([self.play, self.frame]), self.overlay, self.opacity, self.vectors, self.errors,
-                             self.button, self.found], layout={"width": "330px", "flex": "0 0 auto"})  # fmt: skip
-        right = widgets.VBox([self.picture, self.reliability], layout={"flex": "1 1 600px", "min_width": "0"})
-        super().__init__([widgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self.said])
+                             self.button, self.found], layout={"width": "350px", "flex": "0 0 auto"})  # fmt: skip
+        right = widgets.VBox([self.picture, self.reliability], layout={"flex": "1 1 420px", "min_width": "0"})
+        super().__init__([widgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self.said, WidgetKeys()])
         self._quiet = False
         self._open_dataset()
         widgets.jslink((self.play, "value"), (self.frame, "value"))
@@ -132,8 +137,9 @@ class Explorer(widgets.VBox):
         grid = config["grid"][0]
         self._set(grid={"value": grid})
         if not self.files:
-            pairs = demo_pairs(self.values, self.dataset.value)
-            self._set(pair={"options": [(f"{f} ← {m}", n) for n, (f, m) in enumerate(pairs)], "value": 0})
+            name = self.dataset.value
+            pairs = [[side.removeprefix(f"{name}_") for side in pair] for pair in demo_pairs(self.values, name)]
+            self._set(pair={"options": [(" ← ".join(pair), n) for n, pair in enumerate(pairs)], "value": 0})
         self._open_pair()
 
     def _open_pair(self) -> None:

@@ -1,4 +1,4 @@
-"""Sliders above a picture, for the teaching notebooks; no network, no JavaScript of our own.
+"""Sliders above a picture, for the teaching notebooks.
 
 The picture is an ordinary PNG output of the cell, replaced in place when a slider moves. Without a browser (Papermill,
 a saved notebook) the PNG of the first values simply stays: there is only one way to show a figure.
@@ -15,6 +15,7 @@ from IPython.display import Image, display
 from matplotlib.figure import Figure
 
 from gridreg.style import styled
+from gridreg.widget_keys import WidgetKeys
 
 INCH = 100  # pixels on the screen; the PNG has a quarter more, for sharper text
 SHARPER = 1.25
@@ -52,7 +53,7 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> 
     def values() -> dict[str, Any]:
         return {name: control.value for name, control in controls.items()}
 
-    display(ipywidgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"}))
+    display(ipywidgets.Box([*controls.values(), WidgetKeys()], layout={"flex_flow": "row wrap"}))
     handle = display(picture(draw(**values())), display_id=True)
     for control in controls.values():
         control.observe(lambda change: handle.update(picture(draw(**values()))), names="value")

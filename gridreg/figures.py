@@ -161,7 +161,7 @@ def read_history(path: Path | str) -> pd.DataFrame:
     missing = [column for column in ("step", "loss") if column not in history.columns]
     if missing or history.empty:
         found = f"no column {', '.join(missing)}" if missing else "no step"
-        raise InputError(f"{path}: {found}, expected step, loss, similarity, dice_loss, bending, val_dice, val_tre_mm")
+        raise InputError(f"{path}: {found}, expected step, loss, similarity, dice_loss, bending, val_dice")
     return history
 
 

@@ -12,7 +12,7 @@ Control points
 Images and points
     Images go from moving to fixed (``warp``); points go from fixed to moving (``transform_points``).
 Sampling
-    ``align_corners=True`` throughout: voxel 0 is -1 and voxel n - 1 is +1. ``sample`` is the only
+    ``align_corners=True`` throughout: voxel 0 is -1 and voxel n - 1 is +1. ``_read`` is the only
     function that calls ``grid_sample``, so that a zero displacement is the identity everywhere.
 """
 
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Shape = tuple[int, int, int]
-SLAB = 2**18  # voxels that are warped at once
+SLAB = 2**17  # voxels that are warped at once: what is computed on the way stays in a cache
+INSIDE = 1e-9  # voxels; a coordinate at the last plane is moved by so much, to lie between two planes
 
 
 def as_shape(size: int | Shape, name: str = "size") -> Shape:
@@ -77,6 +78,10 @@ def _normalised_axes(shape: Shape, device: torch.device) -> list[Tensor]:
     return [axis.view([-1 if b == a else 1 for b in range(3)]) for a, axis in enumerate(axes)]
 
 
+def _read(image: Tensor, coordinates: Tensor, mode: str = "bilinear") -> Tensor:
+    return F.grid_sample(image, coordinates, mode, padding_mode="border", align_corners=True)
+
+
 def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
     """Read ``volume`` (B, C, W, H, D) at normalised ``coordinates`` (B, w, h, d, 3), last axis first (z, y, x).
 
@@ -87,13 +92,7 @@ def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
     slices = volume.shape[0] == 1 and volume.device.type == "cpu" and not volume.requires_grad
     if slices:
         volume, coordinates = volume.expand(coordinates.shape[1], -1, -1, -1, -1), coordinates[0, :, None]
-    values = F.grid_sample(
-        volume,
-        coordinates,
-        mode={"linear": "bilinear", "nearest": "nearest"}[mode],
-        padding_mode="border",
-        align_corners=True,
-    )
+    values = _read(volume, coordinates, {"linear": "bilinear", "nearest": "nearest"}[mode])
     return (values.permute(2, 1, 0, 3, 4) if slices else values).to(volume_type)
 
 
@@ -113,14 +112,45 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     if mode == "linear" and not moving.is_floating_point():
         raise ValueError(f"moving holds {moving.dtype}, which linear interpolation would truncate; expected floats")
     shape, size = tuple(displacement.shape[2:]), moving.shape[2:]
+    learns = torch.is_grad_enabled() and (moving.requires_grad or displacement.requires_grad)
+    if mode == "linear" and moving.device.type == "cpu" and not learns and min(size[:2]) > 1:
+        return torch.stack([_warp_by_planes(*pair) for pair in zip(moving, displacement)])
     axes = _normalised_axes(shape, displacement.device)
     volume, warped, first = moving.to(axes[0].dtype), [], 0
-    for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=2):  # its coordinates stay in a cache
+    for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=2):
         of_slab = [axes[0][first : first + slab.shape[2]], *axes[1:]]
         coordinates = [torch.add(of_slab[a], slab[:, a], alpha=2 / max(size[a] - 1, 1)) for a in (2, 1, 0)]
         warped.append(sample(volume, torch.stack(coordinates, dim=-1), mode).to(moving.dtype))
         first += slab.shape[2]
     return torch.cat(warped, dim=2)
+
+
+def _warp_by_planes(moving: Tensor, displacement: Tensor) -> Tensor:
+    """``warp`` of one (C, W', H', D') volume by a (3, W, H, D) displacement, on a CPU and without gradients.
+
+    PyTorch reads images with vector instructions, volumes without. So the planes of the volume stand below each other as
+    one tall image, which is read twice at once: in the plane below each point and in the one above it.
+    """
+    (width, height, depth), shape = moving.shape[1:], displacement.shape[1:]
+    rows = (width - 1) * height  # of the tall image; the one that is read above starts ``height`` rows later
+    row = 2 / (rows - 1)
+    volume = moving.double().contiguous()
+    x, y, z = (torch.linspace(0, n - 1, m, dtype=torch.float64) for n, m in zip(moving.shape[1:], shape))
+    x, y, z = x.view(-1, 1, 1), y.view(1, -1, 1) * row - 1, z * 2 / max(depth - 1, 1) - 1
+    warped, first = moving.new_empty(moving.shape[0], *shape), 0
+    for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=1):
+        u, planes = slab.double(), slice(first, first + slab.shape[1])
+        place = (u[0] + x[planes]).clamp_(0, width - 1 - INSIDE)
+        plane = place.floor()
+        at = torch.empty(*u.shape[1:], 2, dtype=torch.float64)
+        torch.add(z, u[2], alpha=2 / max(depth - 1, 1), out=at[..., 0])
+        torch.add((y + u[1] * row).clamp_(-1, (height - 1) * row - 1), plane, alpha=height * row, out=at[..., 1])
+        for channel, values in zip(volume, warped):
+            tall = channel.as_strided((2, rows, depth), (height * depth, depth, 1))
+            read = _read(tall.expand(len(at), -1, -1, -1), at)
+            values[planes] = torch.lerp(read[:, 0], read[:, 1], place - plane)
+        first += slab.shape[1]
+    return warped
 
 
 def transform_points(points: Tensor, displacement: Tensor) -> Tensor:

@@ -163,8 +163,11 @@ class Explorer(widgets.VBox):
         self._show(registered)
 
     def _show(self, registered: Registered) -> None:
-        self.registered, self.measured = registered, measure(registered)
+        """The picture first, which is what the eye waits for; then the numbers."""
+        self.registered, self.measured = registered, {}
         self._draw()
+        self.measured = measure(registered)
+        self._tell()
         self._show_errors()
 
     def look(self) -> Look:
@@ -173,9 +176,12 @@ class Explorer(widgets.VBox):
         return Look(voxel, self.comparison.value, self.overlay.value, self.opacity.value, self.vectors.value, self.frame.value)
 
     def _draw(self) -> None:
-        look = self.look()
-        self.picture.png = self.view.draw(look)
-        self.found.value = read_out_table(read_out(self.registered, look.voxel)) + measured_table(self.measured)
+        self.picture.png = self.view.draw(self.look())
+        if self.measured:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.found.value = read_out_table(read_out(self.registered, self.look().voxel)) + measured_table(self.measured)
 
     def _click(self, clicked: list[float]) -> None:
         voxel = self.view.voxel_at(*clicked[:2], self.look().voxel)

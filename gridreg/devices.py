@@ -13,10 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gridreg.errors import InputError
+
 
 def device() -> torch.device:
-    """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one."""
-    return torch.device(os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"))
+    """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one. InputError on another name."""
+    name = os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"GRIDREG_ACCELERATOR is {name!r}, expected cpu or cuda")
+    return torch.device(name)
+
+
+def number_of(variable: str) -> int:
+    """The number in an environment variable, 1 where it is not set. InputError on anything else."""
+    value = os.environ.get(variable, "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"{variable} is {value!r}, expected a whole number of at least 1")
+    return int(value)
 
 
 def describe_device(device: torch.device) -> str:
@@ -39,8 +52,8 @@ def launch():
 
     fabric = Fabric(
         accelerator=device().type,
-        devices=int(os.environ.get("GRIDREG_DEVICES", 1)),
-        num_nodes=int(os.environ.get("GRIDREG_NODES", 1)),
+        devices=number_of("GRIDREG_DEVICES"),
+        num_nodes=number_of("GRIDREG_NODES"),
         precision=os.environ.get("GRIDREG_PRECISION", "32-true"),
     )
     fabric.launch()

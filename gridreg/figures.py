@@ -194,11 +194,12 @@ def training_curves(
             low, high = losses.min(), np.percentile(losses, 98)
             axes[0, 0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
         axes[0, 0].set_ylabel("training loss")
-        axes[1, 0].set_ylabel("validation Dice")
+        scores = pd.concat([history.get("val_dice", pd.Series(dtype=float)) for history in histories.values()])
+        axes[1, 0].set_ylabel("validation Dice" if not scores.min() < 0 else "validation, minus the MSE")
         figure.suptitle(f"Training, {dataset_label(dataset, simulated)}", fontsize=9, x=0.01, ha="left")
         origin = "Simulated cohort, not patients. " if simulated else ""
-        add_caption(figure, f"{origin}Coloured: the run named above; grey: the others. Thin: every step; thick: "
-                            "running median. Losses of different methods weigh different terms; compare by Dice. "
+        add_caption(figure, f"{origin}Coloured: the run named above; grey: the others. Thin: every tenth step; "
+                            "thick: running median. Losses of different methods weigh different terms; compare by Dice. "
                             f"{note}".strip())  # fmt: skip
         save_figure(figure, path)
     return figure

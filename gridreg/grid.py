@@ -103,12 +103,14 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     displacement  (B, 3, W, H, D) in voxels; of the moving grid, should the two sizes differ
     returns       (B, C, W, H, D)
 
-    ValueError on other shapes, or batches that differ.
+    ValueError on other shapes, batches that differ, or another mode.
     """
     check_volume(moving, None, "moving")
     check_volume(displacement, 3, "displacement")
     if moving.shape[0] != displacement.shape[0]:
         raise ValueError(f"moving holds {moving.shape[0]} volumes, displacement {displacement.shape[0]}")
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f"mode is {mode!r}, expected linear or nearest")
     if mode == "linear" and not moving.is_floating_point():
         raise ValueError(f"moving holds {moving.dtype}, which linear interpolation would truncate; expected floats")
     shape, size = tuple(displacement.shape[2:]), moving.shape[2:]

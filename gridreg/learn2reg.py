@@ -3,7 +3,7 @@
 A cohort is a folder with ``dataset.json`` (or one ``*_dataset.json``, such as LUMIR's ``LUMIR_dataset.json``) that
 lists image files; nothing is opened here but that one file. What Learn2Reg releases do differently is evened out:
 
-* entries under ``training``, ``test`` are dictionaries (``image``, ``label``, ``mask``, ``landmarks``) or mere paths;
+* entries under ``training``, ``test`` are dictionaries (``image``, ``label``, ``mask``, ``landmarks``, ``patient``) or paths;
   what an entry does not name is looked for in the neighbouring folder, e.g. ``imagesTs/x.nii.gz`` has
   ``labelsTs/x.nii.gz``, ``masksTs/x.nii.gz``, ``landmarksTs/x.csv`` and ``truthTs/x.nii.gz``;
 * pairs stand under ``registration_val`` or ``validation``, ``training_paired_images`` or ``registration_train``, ...;
@@ -70,6 +70,8 @@ def read_cohort(source: Path | str) -> Cohort:
                 _add(subjects, _subject(entry, split, file), file)
     if not any(s.split == "train" for s in subjects.values()):
         raise InputError(f"{file}: found no subject under 'training', expected a list of images.")
+    if len({s.patient for s in subjects.values()}) == 1:  # OAS1_0001, OAS1_0002 …: the last number is the patient's
+        subjects = {name: replace(subject, patient=name) for name, subject in subjects.items()}
     for split in SPLITS:
         entries = [entry for entry in _items(info, PAIR_KEYS[split]) if _is_pair(entry)]
         pairs[split] = list(dict.fromkeys(_pair(entry, split, subjects, file) for entry in entries))
@@ -94,7 +96,8 @@ def read_cohort(source: Path | str) -> Cohort:
         same_patient = info.get("pairings") == "paired"
         pairs["train"] = list(islice(implied_pairs(subjects, train, same_patient), MOST_IMPLIED_PAIRS))
         if not pairs["train"]:
-            raise InputError(f"{file}: found {len(train)} training subject(s), which make no pair, expected two.")
+            raise InputError(f"{file}: found {len(train)} training subject(s), which make no pair, expected two. "
+                             + " ".join(f"Note: {note}." for note in notes))
     return Cohort(
         name=str(info.get("name", file.parent.name)),
         file=file,
@@ -185,7 +188,7 @@ def _subject(entry: object, split: str, file: Path) -> Subject:
 
     nii = ".nii" if image.name.endswith(".nii") else ".nii.gz"
     return Subject(
-        id=subject_id, patient=patient_of(subject_id), split=split, image=image,
+        id=subject_id, patient=str(named.get("patient", patient_of(subject_id))), split=split, image=image,
         label=stated("label") or stated("mask") or beside("labels", nii) or beside("masks", nii),
         # Learn2Reg's keypoints are automatic, belong to one pair each and state no unit: they are no landmarks
         landmarks=stated("landmarks") or beside("landmarks", ".csv"),

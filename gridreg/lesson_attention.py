@@ -142,7 +142,7 @@ def attend(network: GridReg, pair: Pair, grid_size: int | Shape) -> list[Level]:
             hook.remove()
     levels = []
     for layer, level, given, result in zip(network.layers, network.decoder, kept["attention"], kept["result"]):
-        here = grid_size if level.coarsest else level_grid(grid_size, sizes[layer])
+        here = level_grid(grid_size, sizes[layer], whole=level.coarsest or level is network.decoder[-1])
         weights = torch.cat([attention_weights(level.attention, *call) for call in given])
         p = tokens_a_spacing(sizes[layer][2], here[2])
         weights = weights.flatten(0, 1) if level.coarsest else _of_each_point(weights, p)

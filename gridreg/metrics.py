@@ -60,9 +60,11 @@ def tre_mm(displacement: np.ndarray, truth: np.ndarray, where: np.ndarray, spaci
 
 def jacobian_determinant(displacement: np.ndarray) -> np.ndarray:
     """(W, H, D) det J of φ(x) = x + u(x), by central differences (one-sided at the border)."""
-    jacobian = np.stack(np.gradient(displacement.astype(np.float64), axis=(1, 2, 3)), axis=-1)  # (3, W, H, D, 3)
-    jacobian = np.moveaxis(jacobian, 0, -2) + np.eye(3)
-    return np.linalg.det(jacobian)
+    rows = [list(np.gradient(component.astype(np.float64))) for component in displacement]  # rows[a][b] = ∂u_a/∂x_b
+    for axis, row in enumerate(rows):
+        row[axis] += 1
+    (a, b, c), (d, e, f), (g, h, i) = rows
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
 
 
 def log_jacobian(determinant: np.ndarray, where: np.ndarray) -> tuple[float, float]:

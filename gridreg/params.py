@@ -89,6 +89,17 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     return params
 
 
+def state_defaults(params: dict, path: str | Path) -> list[str]:
+    """Write what a dataset in use leaves out, in place: DVC reads each value by name. One line for each such dataset."""
+    lines = []
+    for name, values in params["datasets"].items():
+        absent = {n: rule.default for n, rule in DATASET.items() if n not in values and n != "title"}
+        values.update(absent)
+        if absent:
+            lines.append(f"{path}: dataset {name} has the default for {', '.join(absent)}")
+    return lines
+
+
 def profile_path(path: str | Path, name: str) -> Path:
     return Path(path).parent / "profiles" / f"{name}.yaml"
 
@@ -199,6 +210,7 @@ def update(path: str | Path = "params.yaml", profile: str | None = None, check: 
         lines.append(f"{path}: now in profile {profile}")
     validate(params, path, known)
     if check:
+        lines += state_defaults(params, path)
         lines += skip_missing(params, path)
         validate(params, path, known)
     if list(leaves(params)) != before:  # else the text stays as it was written

@@ -70,6 +70,7 @@ NAMES = each(NAME, "a list of names", lengths=range(1000))
 SHARE = Rule("a number from 0 to below 1", lambda v: isinstance(v, (int, float)) and 0 <= v < 1)
 SHAPE = each(whole(2), "three whole numbers of at least 2", lengths=[3])
 SHAPES = each(SHAPE, "a list of sizes, each three whole numbers of at least 2")
+VOXELS = Rule("three whole numbers of at least 2, the largest above 16", lambda v: SHAPE.holds(v) and max(v) > 16)
 LABELS = each(whole(1), "a list of label numbers of at least 1")
 
 # ---- The schema: every name that may stand in params.yaml. A new parameter is a new line here. --------------------
@@ -81,19 +82,19 @@ USE = {
     "trained": NAMES,
     "untrained": NAMES,
 }
-DATASET = {                                                       # no defaults: DVC asks for each of these by name
+DATASET = {                                                       # `make repro` writes what is left out: DVC reads each
     "title": default(TEXT, None),                                 # null: the dataset's name
     "path": TEXT,                                                 # a folder in Learn2Reg layout
-    "shape": SHAPE,                                               # voxels after preprocessing
+    "shape": VOXELS,                                              # voxels after preprocessing
     "spacing_mm": number(0, above=True),                          # isotropic, after preprocessing
-    "affine_reference": or_null(TEXT),                            # mni152 or an image file; null: none
-    "labels": or_null(LABELS),                                    # null: every label of dataset.json
-    "budget": number(0, above=True),                              # times the steps or epochs of every run
-    "similarity": choice("mse", "ncc", "mi"),                           # the image-level loss of training
-    "dice_weight": number(0),
+    "affine_reference": default(TEXT, None),                      # mni152 or an image file; null: none
+    "labels": default(LABELS, None),                              # null: every label of dataset.json
+    "budget": default(number(0, above=True), 1.0),                # times the steps or epochs of every run
+    "similarity": default(choice("mse", "ncc", "mi"), "mse"),     # the image-level loss of training
+    "dice_weight": default(number(0), 0.0),
     "bending_weight": number(0),
-    "max_subjects": or_null(whole(2)),                            # null: all
-    "max_pairs": or_null(whole(1)),                               # null: all
+    "max_subjects": default(whole(2), None),                      # null: all
+    "max_pairs": default(whole(1), None),                         # null: all
 }
 TRAIN = {
     "steps": default(whole(1), None),                             # exactly one of steps and epochs is a number
@@ -135,7 +136,7 @@ METHODS = {                                                       # a trained ru
     "gridreg": {
         "grids": SHAPES,                                          # control points; several: one drawn at every step
         "base_channels": default(whole(1), 16),
-        "num_layers": default(whole(1, 9), 5),
+        "num_layers": default(whole(4, 9), 5),
         "upsampling": default(choice("trilinear", "bspline", "deconv"), "trilinear"),
         "projector": default(FLAG, True),
         "fold_free": default(FLAG, False),                        # bound the control points; needs upsampling bspline
@@ -144,6 +145,7 @@ METHODS = {                                                       # a trained ru
     },
 }
 UNTRAINED = ("identity", "syn")
+MAIN_RUN = "gridreg-adaptive"                                     # results.REFERENCE
 BENCHMARK = {
     "methods": default(each(choice(*METHODS), "a list of methods"), ["gridreg", "voxelmorph"]),  # in their published size
     "grids": default(SHAPES, [[10, 10, 10]]),                     # control points, for GridReg
@@ -244,12 +246,14 @@ def check_use(params: dict, source: str | Path) -> None:
             seen.append(name)
     for run in use["trained"]:
         for dataset in use["datasets"]:
-            similarity = blocks["datasets"][dataset]["similarity"]
+            similarity = blocks["datasets"][dataset].get("similarity", DATASET["similarity"].default)
             if params["runs"][run].get("bayesian") and similarity != "mse":
                 raise InputError(f"{source}: runs.{run} is bayesian and {dataset} has similarity {similarity}; "
                                  "expected mse, which the uncertainty-weighted loss is made of")
     if not use["datasets"]:
         raise InputError(f"{source}: use.datasets is empty; expected at least one dataset")
+    if MAIN_RUN not in use["trained"]:
+        raise InputError(f"{source}: use.trained lacks {MAIN_RUN}; expected it there: every table compares with it")
     for key in ("trained", "untrained"):
         for name in use[key]:
             method = params["runs"][name]["method"]

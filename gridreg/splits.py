@@ -31,7 +31,10 @@ class Subject:
 
 
 def patient_of(subject_id: str) -> str:
-    """The id without its last ``_NNNN`` (visit or modality), unless that is the only number in it."""
+    """The id without its last ``_NNNN`` (visit or modality), unless that is the only number in it.
+
+    An entry of dataset.json may name its ``patient`` instead.
+    """
     stem = re.sub(r"_\d{4}$", "", subject_id)
     return stem if re.search(r"\d", stem) else subject_id
 

@@ -5,8 +5,7 @@ from (seed, step) alone, and the state is kept in a scratch folder named by a ha
 
     python -m gridreg.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
     python -m gridreg.train --number 7              the run of that number in --list, for a task of a job array
-
-leave a finished training in the scratch folder, where the pipeline finds it and trains nothing.
+    (both leave a finished training in the scratch folder, where the pipeline finds it)
 """
 
 from __future__ import annotations
@@ -62,19 +61,19 @@ def draw(pairs: list, grids: list, batch: int, seed: int, step: int, rank: int) 
 
 @torch.no_grad()
 def validate(network: nn.Module, data: Preprocessed, grids: list, device) -> dict[str, float]:
-    """Mean validation score of each grid size, higher is better: Dice, or minus the MSE where there are no labels."""
+    """Mean validation score of each grid size, higher is better: Dice, or minus the MSE where not all have labels."""
     scores: dict[str, list[float]] = {grid_name(grid): [] for grid in grids}
+    labelled = all(data.labels(subject) is not None for pair in data.pairs("val") for subject in pair)
     network.eval()
     for fixed, moving in data.pairs("val"):
         images = [to_tensor([data.image(subject)], device) for subject in (fixed, moving)]
-        labels = [data.labels(subject) for subject in (fixed, moving)]
         for grid in grids:
             displacement = network(*images, grid).displacement
-            if any(labelled is None for labelled in labels):
-                score = -float(losses.mse(images[0], warp(images[1], displacement)))
+            if labelled:
+                warped = warp(to_tensor([data.labels(moving)], device), displacement, "nearest")[0, 0]
+                score = metrics.dice(data.labels(fixed), warped.cpu().numpy().astype(np.int16))
             else:
-                warped = warp(to_tensor([labels[1]], device), displacement, "nearest")[0, 0]
-                score = metrics.dice(labels[0], warped.cpu().numpy().astype(np.int16))
+                score = -float(losses.mse(images[0], warp(images[1], displacement)))
             scores[grid_name(grid)].append(score)
     network.train()
     return {name: float(np.mean(values)) for name, values in scores.items()}
@@ -90,7 +89,7 @@ def choose_grid(network: nn.Module, data: Preprocessed, grids: list, device) -> 
 
 
 def total_steps(settings: dict[str, Any], pairs: int, subjects: int) -> int:
-    """``steps``, or ``epochs`` passes over the training pairs; over all subjects where any two make a pair."""
+    """``steps``, or those of ``epochs``: an epoch has as many pairs as there are subjects, or all pairs if they are fewer."""
     if settings["steps"]:
         return settings["steps"]
     return settings["epochs"] * math.ceil(min(pairs, subjects) / settings["batch"])
@@ -181,6 +180,9 @@ def optimise(
         due = (step + 1) % settings["validate_every"] == 0 or step + 1 == steps
         if due or (step + 1) % RECORD_EVERY == 0:
             row = {"step": step + 1, "loss": loss.item()} | {name: term.item() for name, term in terms.items()}
+            if not math.isfinite(row["loss"]):
+                raise InputError(f"{data.index['name']}, step {step + 1}: the loss is {row['loss']}, expected a finite "
+                                 "number; a lower learning_rate may help")
             state.history.append(row | {"learning_rate": optimiser.param_groups[0]["lr"]})
         if due:
             score = float(np.mean(list(validate(network, data, grids, fabric.device).values())))
@@ -240,7 +242,13 @@ def train(
 
     The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
     model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
+
+    InputError where ``dice_weight`` asks for labels that are not there, or the loss is no number any more.
     """
+    bare = [name for name in data.subjects("train") if not data.index["subjects"][name]["label"]]
+    if dice_weight and bare:
+        raise InputError(f"{data.index['name']}: found no labels of {bare[0]} ({len(bare)} such training scans), expected "
+                         f"them for a dice_weight of {dice_weight:g}; 0 trains without")
     code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     images = [path for kind in ("images", "labels") for path in sorted((data.folder / kind).glob("*.nii.gz"))]
     key = fingerprint(data.index, run, settings, seed, similarity, bending_weight, dice_weight, files=code + images)

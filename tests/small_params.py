@@ -31,7 +31,7 @@ seed: 2026
 use:
   datasets: [prostate, pelvis, brain]
   skipped: []
-  trained: [voxelmorph, gridreg-5, gridreg-8]
+  trained: [voxelmorph, gridreg-adaptive, gridreg-5, gridreg-8]
   untrained: [identity]
 
 datasets:
@@ -62,6 +62,9 @@ runs:
   gridreg-8:
     method: gridreg
     grids: [[8, 8, 8]]
+  gridreg-adaptive:
+    method: gridreg
+    grids: [[8, 8, 8], [10, 10, 10]]
 """
 OVERLAY = """\
 datasets:

@@ -174,7 +174,7 @@ def test_blocks_that_cannot_be_moved_are_refused_and_the_file_stays(path, shape)
     else:
         text = path.read_text()
         start, end = text.index("datasets:\n  #"), text.index("\n# A comment above train")
-        values = "shape: [9, 9, 9], spacing_mm: 1, affine_reference: null, labels: null, " \
+        values = "shape: [19, 19, 19], spacing_mm: 1, affine_reference: null, labels: null, " \
             "budget: 1, similarity: mse, dice_weight: 1, bending_weight: 1"
         blocks = ", ".join(f"{n}: {{path: data/{n}, {values}, max_subjects: null, max_pairs: null}}" for n in ("a", "b"))
         path.write_text((text[:start] + f"datasets: {{{blocks}}}\n" + text[end:]).replace("[prostate, pelvis, brain]", "[a]"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ BAD = [
     ("spacing_mm: 2.8", "spacing_mm: .nan", "spacing_mm is nan; expected a number above 0"),
     ("spacing_mm: 2.8", "spacing_mm: 2,8", "spacing_mm is '2,8'; expected a number"),
     ("shape: [32, 32, 26]", "shape: [32, 32]", r"shape is \[32, 32\]; expected three whole numbers"),
+    ("shape: [32, 32, 26]", "shape: [16, 16, 16]", "shape is .*; expected three whole numbers of at least 2, the largest above 16"),
+    ("upsampling: trilinear", "num_layers: 3", "num_layers is 3; expected a whole number from 4 to 9"),
+    ("gridreg-adaptive, gridreg-5", "gridreg-5", "use.trained lacks gridreg-adaptive; expected it there"),
     ("grids: [[5, 5, 5]]", "grids: [[5, 1, 5]]", "grids is .*expected a list of sizes, each three whole numbers"),
     ("grids: [[5, 5, 5]]", "grids: [5, 5, 5]", "grids is .*expected a list of sizes"),
     ("grids: [[5, 5, 5]]", "grids: [[5, 5, 99]]", r"the grid \[5, 5, 99\]; expected at most \[.*the shape of prostate"),
@@ -92,11 +96,30 @@ def test_load_fills_in_what_was_left_out(path):
     assert params["use"]["skipped"] == [] and params["runs"]["gridreg-8"]["base_channels"] == 16
 
 
-@pytest.mark.parametrize("name", ["affine_reference", "labels", "budget", "similarity", "dice_weight", "bending_weight", "max_subjects", "max_pairs"])
-def test_a_dataset_states_what_dvc_asks_for_by_name(path, name):
-    value = {"budget": "1.0", "similarity": "mse", "dice_weight": "1.0", "bending_weight": "200000.0"}.get(name, "null")
+@pytest.mark.parametrize(("name", "value"), [("affine_reference", "null"), ("labels", "null"), ("budget", "1.0"),
+                                             ("similarity", "mse"), ("max_subjects", "null"), ("max_pairs", "null")])  # fmt: skip
+def test_what_a_dataset_leaves_out_is_written_for_dvc_to_read(path, name, value):
+    whole = load(path)
     edit(path, f"    {name}: {value}\n", "")
-    with pytest.raises(InputError, match=f"datasets.prostate: {name} is missing; expected"):
+    assert load(path) == whole
+    assert f"dataset prostate has the default for {name}" in " ".join(update(path))
+    assert f"{name}: {value}" in path.read_text().split("pelvis:")[0].split("datasets:")[-1]
+    assert load(path) == whole and not update(path)
+
+
+def test_the_cohort_of_the_readme_is_taken_as_it_stands(path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    yaml = re.search(r"Your own cohort.*?```yaml\n(.*?)```", readme, re.S)[1]
+    use, dataset = yaml.split("datasets:\n  mine:\n")
+    edit(path, "[prostate, pelvis, brain]", use.split("datasets: ")[1].strip())
+    edit(path, "\n# A comment above train", "  mine:\n" + dataset.replace("/where/it/is", str(path.parent)) + "\n# A comment above train")
+    update(path)
+    assert load(path)["datasets"]["mine"]["budget"] == 1.0 and "mine" in load(path)["use"]["datasets"]
+
+
+def test_a_weight_of_the_bending_energy_has_no_default(path):
+    edit(path, "    bending_weight: 200000.0\n", "")
+    with pytest.raises(InputError, match="datasets.prostate: bending_weight is missing; expected a number"):
         load(path)
 
 

@@ -123,7 +123,7 @@ def label_dice(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list
     moving = table[moving.flatten(1).long()] + offset
     last = (size - 1).view(3, 1)
     point = voxel_coordinates(tuple(displacement.shape[2:]), fixed.device) + displacement
-    point = point.flatten(2).clamp(min=torch.zeros_like(last), max=last)  # (B, 3, N)
+    point = point.flatten(2).nan_to_num().clamp(min=torch.zeros_like(last), max=last)  # (B, 3, N)
     low = point.detach().floor().long().clamp(max=(last - 1).clamp(min=0))
     share = point - low  # of the upper neighbour, along each axis
     overlap = warped_total = displacement.new_zeros(batch * labels)

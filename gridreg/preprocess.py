@@ -92,8 +92,9 @@ def preprocess_dataset(
     reference = None if affine_reference is None else read_reference(affine_reference)
     target = Target(shape, float(spacing_mm), (0.0, 0.0, 0.0) if reference is None else tuple(reference.centre))
 
-    for killed in out.parent.glob(f".{out.name}.*"):  # what a run that was killed has left
-        shutil.rmtree(killed, ignore_errors=True)
+    for left in out.parent.glob(f".{out.name}.*"):  # by a run that was killed
+        if left.suffix[1:].isdecimal():
+            shutil.rmtree(left, ignore_errors=True)
     temporary = out.parent / f".{out.name}.{os.getpid()}"
     try:
         job = partial(preprocess_subject, out=temporary, target=target, labels=labels, reference=reference)

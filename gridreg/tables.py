@@ -31,7 +31,7 @@ class Setting:
 
     profile: str  # smoke, demo or paper
     budgets: dict[str, dict[str, tuple[int, int]]]  # dataset → run → (steps, batch)
-    voxelmorph: str  # its width, in words, e.g. "the official default width, 16-32-32-32"
+    voxelmorph: str  # its size, in words
     refine_steps: int = 0  # of instance refinement
 
 
@@ -45,7 +45,7 @@ def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
         f"{w} features at {n} levels" + (" (the package's own)" if (w, n) == (16, 5) else " (its own: 16 at 5)")
         for w, n in sizes
     ]
-    package = "official package, " + ", ".join(words) if words else "not run"
+    package = f"official package, {', '.join(words)}, tuned on validation in a few trials (README)" if words else "not run"
     return Setting(params["profile"], budgets, package, params.get("evaluate", {}).get("refine_steps", 0))
 
 

@@ -133,6 +133,16 @@ def test_ids(path, subject, patient):
     assert id_of(path) == subject and patient_of(subject) == patient
 
 
+def test_one_number_in_a_name_is_the_patients_and_an_entry_may_name_its_patient(tmp_path):
+    names = [f"./imagesTr/OAS1_{n:04d}.nii.gz" for n in range(8)]
+    info = cohort_info(training=names, test=[], registration_val=[pair(*names[4:6])], registration_test=[pair(*names[6:8])])
+    cohort = read_cohort(write(tmp_path, info))
+    assert len({s.patient for s in cohort.subjects.values()}) == 8 and len(set(cohort.pairs["train"])) == 4 * 3
+    info["training"] = [{"image": name, "patient": "p0" if n in (0, 6) else f"p{n}"} for n, name in enumerate(names)]
+    cohort = read_cohort(write(tmp_path, info))
+    assert "OAS1_0000" not in cohort.subjects and "1 training scan(s) of validation or test patients" in cohort.notes[0]
+
+
 TRAIN = images("imagesTr", range(6))
 
 

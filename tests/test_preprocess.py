@@ -261,9 +261,11 @@ def test_an_older_result_is_replaced_and_nothing_else(cohort, tmp_path):
     out = tmp_path / "out"
     preprocess_dataset(cohort, out, **OPTIONS)
     (out / "images/stale.nii.gz").touch()
+    for name in (".out.4242", ".out.mine"):  # a run that was killed, and something of the user's
+        (tmp_path / name).mkdir()
     index = preprocess_dataset(cohort, out, **OPTIONS | {"labels": [2], "max_subjects": 2, "workers": 1})
     assert not (out / "images/stale.nii.gz").exists() and index["labels"] == {"2": "core"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cohort", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.mine", "cohort", "out"]
     damage("nan", cohort)
     with pytest.raises(InputError):
         preprocess_dataset(cohort, out, **OPTIONS)

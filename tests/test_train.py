@@ -21,6 +21,8 @@ from scipy import ndimage
 from gridreg import train as training
 from gridreg.checkpoint import load_model, read_tensors
 from gridreg.dataset import Preprocessed
+from gridreg.devices import launch
+from gridreg.errors import InputError
 from gridreg.evaluate import evaluate, load_run, summary
 from gridreg.network import Registration
 from gridreg.volumes import write_field_mm, write_volume
@@ -158,6 +160,34 @@ def test_a_changed_setting_does_not_resume_an_unfinished_training(folder, tmp_pa
     run_training(folder, tmp_path / "fresh", tmp_path / "elsewhere", bending_weight=7.0)
     run_training(folder, tmp_path / "out", tmp_path / "scratch", bending_weight=7.0)
     assert same(weights_of(tmp_path / "fresh"), weights_of(tmp_path / "out"))
+
+
+def test_labels_that_the_dice_loss_needs_and_are_not_there(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    index = json.loads((bare / "index.json").read_text())
+    index["subjects"]["blob_0003_0000"]["label"] = False
+    (bare / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"found no labels of blob_0003_0000 \(1 such .*; 0 trains without"):
+        run_training(bare, tmp_path / "out", tmp_path / "scratch", dice_weight=0.5)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "scratch").exists()
+    run_training(bare, tmp_path / "out", tmp_path / "scratch", dice_weight=0.0, settings=SETTINGS | {"steps": 1})
+
+
+def test_a_loss_that_is_lost_ends_the_training_with_a_sentence(folder, tmp_path):
+    settings = SETTINGS | {"learning_rate": 1e30}
+    with pytest.raises(InputError, match="the loss is nan, expected a finite number; a lower learning_rate may help"):
+        run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("variable", "value", "expected"), [
+    ("GRIDREG_ACCELERATOR", "gpu", "expected cpu or cuda"), ("GRIDREG_DEVICES", "two", "expected a whole number"),
+    ("GRIDREG_NODES", "0", "expected a whole number of at least 1")])  # fmt: skip
+def test_an_environment_variable_that_makes_no_sense(monkeypatch, variable, value, expected):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"{variable} is '{value}', {expected}"):
+        launch()
 
 
 def test_voxelmorph_takes_the_same_path(folder, tmp_path):

@@ -9,6 +9,10 @@ from collections.abc import Callable
 class InputError(ValueError):
     """A file, parameter or name that cannot be used; the message says what was found and what was expected."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the sentence, not the way it took."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def exit_status(call: Callable[[], object]) -> int:
     """Do what a command line asks for: 0, or 1 after one line on stderr for an error that is the user's to mend."""

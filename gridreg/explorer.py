@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from gridreg.interpolation import upsample, upsample_sigma
 from gridreg.pair import Case
 
 AXES = ("right–left", "front–back", "head–foot")  # along the array axes; positive to the right, the front, the head
+ALL_AXES = "σ, all axes"
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,18 @@ class Registered:
     sigma: Tensor | None
     upsampling: str
 
-    def maps(self) -> dict[str, np.ndarray]:
-        """What can be laid over the images, by name: (W, H, D) in mm, ≥ 0."""
-        found = {}
-        if self.sigma_mm is not None:
-            found["σ, all axes"] = length(self.sigma_mm)
-            found |= {f"σ {axis}": sigma for axis, sigma in zip(AXES, self.sigma_mm)}
-        found["displacement"] = length(self.displacement_mm)
-        if self.case.truth is not None:
-            found["error"] = np.where(self.case.truth[1], length(self.error_mm()), np.nan)
-        return found
+    def maps(self) -> list[str]:
+        """Names of what can be laid over the images."""
+        sigmas = [] if self.sigma_mm is None else [ALL_AXES, *(f"σ {axis}" for axis in AXES)]
+        return [*sigmas, "displacement", *(["error"] if self.case.truth is not None else [])]
+
+    def map_mm(self, name: str) -> np.ndarray:
+        """One of ``maps``: (W, H, D) in mm, ≥ 0; NaN where it is not known."""
+        if name == "displacement":
+            return length(self.displacement_mm)
+        if name == "error":
+            return np.where(self.case.truth[1], length(self.error_mm()), np.nan)
+        return length(self.sigma_mm) if name == ALL_AXES else self.sigma_mm[self.maps().index(name) - 1]
 
     def error_mm(self) -> np.ndarray | None:
         """(3, W, H, D) predicted minus true displacement; None where there is no truth."""
@@ -132,8 +136,8 @@ def error_and_sigma(registered: Registered) -> tuple[np.ndarray, np.ndarray] | N
     return (registered.error_mm()[:, where], registered.sigma_mm[:, where]) if where.any() else None
 
 
-def measure(registered: Registered) -> dict[str, dict[str, float]]:
-    """Before and after registration: {"before" | "after": {measure: value}}; what is not known is left out.
+def measure(registered: Registered) -> pd.DataFrame:
+    """Before and after registration, a column each; what is not known is left out.
 
     Mean squared difference of the images, Dice, true TRE in mm within the case's region, folded voxels in percent.
     """
@@ -149,4 +153,4 @@ def measure(registered: Registered) -> dict[str, dict[str, float]]:
         folded = metrics.folding_percent(metrics.jacobian_determinant(u), everywhere) if u.any() else 0.0
         row["folded voxels (%)"] = folded
         rows[when] = row
-    return rows
+    return pd.DataFrame(rows)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from PIL import Image
 
-from gridreg.calibration import LEVELS, coverage, spread_bins
+from gridreg.calibration import LEVELS, coverage, scale, spread_bins
 from gridreg.explorer import Registered, draw_sample, error_and_sigma
 from gridreg.panels import VIEWS, central_voxel, grid_lines, show_slice, slice_of
 from gridreg.style import COLOURS, FIXED_COLOUR, IMAGE, MAGNITUDE, SIGNED, styled
@@ -45,7 +45,7 @@ class Look:
 def first_look(registered: Registered) -> Look:
     """Crosshair on the centroid of the fixed mask, σ beside the images (the displacement for a model without)."""
     case = registered.case
-    return Look(central_voxel(case.labels[0], case.shape), overlay=next(iter(registered.maps())))
+    return Look(central_voxel(case.labels[0], case.shape), overlay=registered.maps()[0])
 
 
 class Shown(Figure):
@@ -59,14 +59,15 @@ class View:
     """The picture of one registered case. ``draw(look)`` gives a PNG; ``voxel_at`` says what a click in it means."""
 
     def __init__(self, registered: Registered):
-        self.registered, self.case, self.maps = registered, registered.case, registered.maps()
+        self.registered, self.case = registered, registered.case
         self._sample: tuple[int, np.ndarray] | None = None
+        self._map: tuple[str, np.ndarray, float] | None = None
         with styled():
             self._build()
 
     def show(self, registered: Registered) -> None:
         """Another registration of the same case, on another grid: the next drawing is of it."""
-        self.registered, self.maps, self._sample = registered, registered.maps(), None
+        self.registered, self._sample, self._map = registered, None, None
 
     def draw(self, look: Look) -> bytes:
         """The picture as PNG bytes."""
@@ -111,6 +112,7 @@ class View:
             self.heads.append(self.figure.text(left / width, 1 - 0.2 / height, head, ha="center", fontsize=8.5))
         bar = self.figure.add_axes(((width - RIGHT + 0.08) / width, BOTTOM / height, 0.1 / width, 1 - (TOP + BOTTOM) / height))
         self.figure.colorbar(self.panels["axial", 3]["image"], cax=bar)
+        bar.set_title("mm", fontsize=7, pad=3)
         source = "Simulated cohort, not patients. " if case.simulated else ""
         text = (f"{source}{case.title}. R, L, A, P, S, I: the patient's right, left, front, back, head, feet.\n"
                 "White cross: the chosen voxel. Orange: its place in the moving image"
@@ -138,8 +140,10 @@ class View:
 
     def update(self, look: Look) -> None:
         """Give every artist the data of ``look``."""
-        values = self.maps[look.overlay]
-        top = float(np.nanpercentile(values, 99.5)) or 1.0
+        if self._map is None or self._map[0] != look.overlay:
+            values = self.registered.map_mm(look.overlay)
+            self._map = look.overlay, values, float(np.nanpercentile(values, 99.5)) or 1.0
+        _, values, top = self._map
         compared, colours, limits, head = self._compared(look)
         for (view, column), panel in self.panels.items():
             cut, across, up, _ = VIEWS[view]
@@ -245,7 +249,8 @@ def error_figure(registered: Registered) -> Figure | None:
         region = "fixed mask" if registered.case.labels[0] is not None else "whole image"
         source = "Simulated cohort; the" if registered.case.simulated else "The"
         figure.text(0.01, 0.015, f"{source} true displacement is known at {error.shape[1]} voxels of the {region}; "
-                    "each axis counts by itself.", fontsize=7, color="#333333")  # fmt: skip
+                    f"each axis counts by itself. Errors are {scale(error, sigma):.1f} times as large as σ says.",
+                    fontsize=7, color="#333333")  # fmt: skip
     return figure
 
 

@@ -14,8 +14,7 @@ def volume_view(registered: Registered, overlay: str = "", opacity: float = 0.5,
 
     Slices are shown as radiologists do, the patient's right on the left, as everywhere here.
     """
-    maps = registered.maps()
-    values = np.nan_to_num(maps[overlay or next(iter(maps))])
+    values = np.nan_to_num(registered.map_mm(overlay or registered.maps()[0]))
     viewer = NiiVue(
         height=height, multiplanar_show_render=ShowRender.ALWAYS, is_radiological_convention=True, is_colorbar=True,
         crosshair_width=0.7, crosshair_width_unit="mm", crosshair_color=(1, 1, 1, 0.8), show_3d_crosshair=True,

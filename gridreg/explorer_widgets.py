@@ -6,11 +6,14 @@ keyboard; a click in the picture does what the three sliders of the crosshair do
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import ipywidgets as widgets
+import pandas as pd
 import traitlets
 
 from gridreg.errors import InputError
@@ -21,6 +24,7 @@ from gridreg.widget_keys import WidgetKeys
 
 GRIDS = (3, 20)  # control points per axis that the slider offers
 FRAMES = 40  # of flicker and samples
+PAUSE = 0.1  # seconds without a new wish, after which the slower numbers follow
 
 
 class Picture(anywidget.AnyWidget):
@@ -72,10 +76,11 @@ class Explorer(widgets.VBox):
         checkpoints: Path | str = "checkpoints",
         out: Path | str = "explored",
     ):
-        if (fixed is None) != (moving is None):
+        if bool(fixed) != bool(moving):
             raise InputError("found only one of the fixed and the moving file, expected both or neither.")
         self.values, self.checkpoints, self.out = values, Path(checkpoints), Path(out)
-        self.files = None if fixed is None else (fixed, moving)
+        self.files = (fixed, moving) if fixed else None
+        self._waiting: asyncio.TimerHandle | None = None
         known = [name for name in values["datasets"] if (self.checkpoints / name / "model.json").is_file()]
         if dataset not in known:
             raise InputError(f"{self.checkpoints}: found no model for '{dataset}', expected one of {', '.join(known) or 'none'}.")
@@ -121,8 +126,20 @@ class Explorer(widgets.VBox):
         self.said.value = ""
         try:
             call(*arguments)
-        except (InputError, ValueError, OSError) as error:
+        except OSError as error:
+            self.said.value = f"<b>{error.filename}: {error.strerror}; expected to be able to read and write it.</b>"
+        except ValueError as error:
             self.said.value = f"<b>{error}</b>"
+
+    def _later(self, call: Callable[[], None]) -> None:
+        """Do it when no control waits for an answer; another such call takes its place."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no notebook: nothing else is waiting
+            return call()
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = loop.call_later(PAUSE, call)
 
     def _set(self, **controls: dict[str, Any]) -> None:
         """Change controls without answering to each."""
@@ -150,7 +167,7 @@ class Explorer(widgets.VBox):
         self._quiet = True
         for slider, size, at in zip(self.crosshair, case.shape, look.voxel):
             slider.max, slider.value = size - 1, at
-        names, kept = list(registered.maps()), self.overlay.value
+        names, kept = registered.maps(), self.overlay.value
         self.overlay.options = names
         self.overlay.value = kept if kept in names else names[0]
         self._quiet = False
@@ -164,9 +181,12 @@ class Explorer(widgets.VBox):
 
     def _show(self, registered: Registered) -> None:
         """The picture first, which is what the eye waits for; then the numbers."""
-        self.registered, self.measured = registered, {}
+        self.registered, self.measured = registered, None
         self._draw()
-        self.measured = measure(registered)
+        self._later(lambda: self._guarded(self._measure))
+
+    def _measure(self) -> None:
+        self.measured = measure(self.registered)
         self._tell()
         self._show_errors()
 
@@ -177,11 +197,11 @@ class Explorer(widgets.VBox):
 
     def _draw(self) -> None:
         self.picture.png = self.view.draw(self.look())
-        if self.measured:
-            self._tell()
+        self._tell()
 
     def _tell(self) -> None:
-        self.found.value = read_out_table(read_out(self.registered, self.look().voxel)) + measured_table(self.measured)
+        measured = "" if self.measured is None else measured_table(self.measured)
+        self.found.value = read_out_table(read_out(self.registered, self.look().voxel)) + measured
 
     def _click(self, clicked: list[float]) -> None:
         voxel = self.view.voxel_at(*clicked[:2], self.look().voxel)
@@ -217,9 +237,9 @@ def read_out_table(found: dict[str, Any]) -> str:
     return f"<table style='line-height: 1.4; font-size: 90%'>{''.join(rows)}</table>"
 
 
-def measured_table(rows: dict[str, dict[str, float]]) -> str:
+def measured_table(rows: pd.DataFrame) -> str:
     """Before and after registration, as an HTML table."""
-    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{row[name]:.3g}</td>" for row in rows.values()) + "</tr>"
-                   for name in rows["after"])  # fmt: skip
+    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{value:.3g}</td>" for value in row) + "</tr>"
+                   for name, row in rows.iterrows())  # fmt: skip
     head = "".join(f"<th>{when}</th>" for when in rows)
     return f"<table style='line-height: 1.4; font-size: 90%'><tr><th></th>{head}</tr>{body}</table>"

@@ -92,10 +92,17 @@ def own_case(values: dict[str, Any], fixed: Path | str, moving: Path | str, data
     Without a reference each scan's centre comes to the centre of the grid: headers need not agree. InputError for a file
     that cannot be used, or the same file twice.
     """
-    if Path(fixed).resolve() == Path(moving).resolve():
+    roles = {"fixed": fixed, "moving": moving}
+    for role, path in roles.items():
+        if not isinstance(path, (str, Path)) or not str(path).strip():
+            raise InputError(f"{role}: found {path!r}, expected the path of a NIfTI file.")
+        roles[role] = Path(path).expanduser()
+        if roles[role].is_dir():
+            raise InputError(f"{path}: found a folder, expected a NIfTI file.")
+    if roles["fixed"].resolve() == roles["moving"].resolve():
         raise InputError(f"{fixed}: found the same file as fixed and moving image, expected two scans.")
-    pair = tuple(Subject(role, role, "test", Path(path)) for role, path in (("fixed", fixed), ("moving", moving)))
-    return _prepare(pair, _settings(values, dataset), f"{Path(fixed).name} ← {Path(moving).name}")
+    pair = tuple(Subject(role, role, "test", path) for role, path in roles.items())
+    return _prepare(pair, _settings(values, dataset), f"{roles['fixed'].name} ← {roles['moving'].name}")
 
 
 def _settings(values: dict[str, Any], dataset: str) -> dict[str, Any]:
@@ -131,6 +138,8 @@ def _prepare(
         data, names = Preprocessed(folder), [subject.id for subject in pair]
         cut = [f"the crop keeps {record['kept']:.0%} of the intensity of {subject.image.name}"
                for subject, record in zip(pair, records) if record["kept"] < CUT]  # fmt: skip
+        if reference is not None:
+            cut.append("millimetres shown here are those of the reference, to which both scans were aligned")
         return Case(
             title, *(data.image(name) for name in names), target.affine,
             files=tuple(subject.image for subject in pair),
@@ -149,7 +158,7 @@ def save(case: Case, displacement: np.ndarray, folder: Path | str, sigma_mm: np.
     sigma_mm          (3, W, H, D) standard deviation along each array axis, or None
     warped.nii.gz     the moving scan at full resolution and with its own intensities; its lowest value outside it
     displacement.nii.gz   ITK displacement field (LPS mm) from the fixed to the moving scan, for ITK, ANTs and 3D Slicer
-    sigma_mm.nii.gz   √(σx² + σy² + σz²)
+    sigma_mm.nii.gz   √(σx² + σy² + σz²), in the millimetres of the moving scan where an affine alignment scaled it
 
     Outside the preprocessed grid the values of its border are continued.
     """
@@ -165,7 +174,8 @@ def save(case: Case, displacement: np.ndarray, folder: Path | str, sigma_mm: np.
     if sigma_mm is not None:
         to_grid = np.linalg.inv(case.to_source[0] @ case.affine)
         at = np.moveaxis(apply_affine(to_grid, world), -1, 0)
-        length = np.sqrt(np.square(sigma_mm).sum(0))
+        stretch = np.linalg.norm(case.to_source[1][:3, :3] @ (case.affine[:3, :3] / case.spacing), axis=0)
+        length = np.sqrt(np.square(sigma_mm * stretch[:, None, None, None]).sum(0))
         files.append(folder / "sigma_mm.nii.gz")
         write_volume(files[2], map_coordinates(length, at, order=1, mode="nearest").astype(np.float32), fixed.affine)
     return files

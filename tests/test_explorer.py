@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
-from gridreg import explorer
+from gridreg import explorer, explorer_widgets
 from gridreg.checkpoint import save_model
 from gridreg.errors import InputError
 from gridreg.explorer_view import View, first_look
@@ -86,10 +89,51 @@ def test_bad_files_get_a_sentence(case, tmp_path):
         own_case(VALUES, case.files[0], tmp_path / "nothing.nii.gz", "mine")
     with pytest.raises(InputError, match="the same file"):
         own_case(VALUES, case.files[0], case.files[0], "mine")
+    for bad, sentence in ((tmp_path, "found a folder, expected a NIfTI file"), ("", "moving: found '', expected the path"),
+                          (7, "moving: found 7, expected the path of a NIfTI file")):
+        with pytest.raises(InputError, match=sentence):
+            own_case(VALUES, case.files[0], bad, "mine")
     with pytest.raises(InputError, match="found no dataset 'other'"):
         own_case(VALUES, *case.files, "other")
     with pytest.raises(InputError, match="found no trained model"):
         explorer.load_network(tmp_path)
+
+
+def test_a_home_folder_may_be_abbreviated(case, monkeypatch):
+    monkeypatch.setenv("HOME", str(case.files[0].parent))
+    assert np.array_equal(own_case(VALUES, "~/fixed.nii.gz", "~/moving.nii.gz", "mine").fixed, case.fixed)
+
+
+def test_saved_sigma_is_in_the_millimetres_of_the_moving_scan(registered, tmp_path):
+    larger = replace(registered.case, to_source=tuple(np.diag([1.5, 1.5, 1.5, 1.0]) @ m for m in registered.case.to_source))
+    plain, scaled = (nibabel.load(save(case, registered.displacement, tmp_path / name, registered.sigma_mm)[2]).get_fdata()
+                     for name, case in (("a", replace(registered.case, to_source=(larger.to_source[0], registered.case.to_source[1]))),
+                                        ("b", larger)))  # fmt: skip
+    np.testing.assert_allclose(scaled, 1.5 * plain, rtol=1e-5)
+
+
+def test_a_notebook_shows_the_sentence_alone():
+    assert InputError("a: found b, expected c")._render_traceback_() == ["InputError: a: found b, expected c"]
+
+
+def test_numbers_wait_for_the_last_of_several_wishes(case, tmp_path, monkeypatch):
+    run = {"method": "gridreg", "grids": [[5, 5, 5]], "base_channels": 4, "num_layers": 4, "bayesian": True}
+    save_model(tmp_path / "mine", GridReg(base_channels=4, num_layers=4, bayesian=True), {"run": run, "grid": [5, 5, 5]})
+    measured = []
+    monkeypatch.setattr(explorer_widgets, "measure", lambda registered: measured.append(1) or explorer.measure(registered))
+
+    async def drag() -> None:
+        explored = Explorer(VALUES, "mine", *case.files, tmp_path)
+        pictures = set()
+        for grid in (6, 7, 8):
+            explored.grid.value = grid
+            pictures.add(explored.picture.png)
+            assert "folded" not in explored.found.value
+        assert len(pictures) == 3 and not measured
+        await asyncio.sleep(3 * explorer_widgets.PAUSE)
+        assert measured == [1] and "folded" in explored.found.value
+
+    asyncio.run(drag())
 
 
 def test_a_click_on_the_crosshair_is_the_voxel(registered):
@@ -127,6 +171,10 @@ def test_widgets_answer_and_errors_become_a_sentence(case, registered, tmp_path)
     assert "not known" in explored.said.value
     explored.button.click()
     assert (tmp_path / "out" / "displacement.nii.gz").is_file() and "written" in explored.said.value
+    (tmp_path / "taken").touch()
+    explored.out = tmp_path / "taken"
+    explored.button.click()
+    assert "taken: File exists; expected to be able to" in explored.said.value
     case.files[1].rename(case.files[1].with_name("gone.nii.gz"))
     explored.button.click()
     case.files[1].with_name("gone.nii.gz").rename(case.files[1])

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gridreg.cost import count, timed
+from gridreg.errors import InputError
 from gridreg.grid import Shape, check_grid_size
 from gridreg.interpolation import upsample
 from gridreg.methods import parameter_count
@@ -33,13 +33,17 @@ REPEATS = 3  # of a timing, of which the least counts
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """fixed, moving (1, 1, W, H, D) in [0, 1]; truth (3, W, H, D) voxels and where it is known (W, H, D); mm a voxel."""
+    """fixed, moving (1, 1, W, H, D) in [0, 1]; truth (3, W, H, D) voxels and where it is known (W, H, D); mm a voxel.
+
+    caption   what a figure must say of it
+    """
 
     fixed: Tensor
     moving: Tensor
     truth: np.ndarray
     known: np.ndarray
     spacing_mm: float
+    caption: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +71,18 @@ class Level:
         return (i * self.grid_size[1] + j) * self.grid_size[2] + k
 
 
-def load_pair(source: Path | str, shape: Shape, spacing_mm: float, split: str = "val") -> Pair:
-    """The first pair of a split of a simulated cohort in Learn2Reg layout, preprocessed as for training (in seconds)."""
-    settings = {"path": str(source), "shape": list(shape), "spacing_mm": spacing_mm}
-    case = demo_case({"datasets": {"cohort": settings}}, "cohort", split=split)
+def load_pair(values: dict[str, Any], dataset: str) -> Pair:
+    """The first validation pair of a dataset of params.yaml, preprocessed as for training (in seconds).
+
+    ``values``: params.yaml as ``params.load`` reads it. InputError where the true displacement is not known.
+    """
+    case = demo_case(values, dataset, split="val")
+    if case.truth is None:
+        raise InputError(f"dataset '{dataset}': found no true displacement of {case.title}, expected a simulated cohort.")
     images = (torch.from_numpy(image)[None, None] for image in (case.fixed, case.moving))
-    return Pair(*images, *case.truth, float(spacing_mm))
+    origin = "Simulated pair, not a patient" if case.simulated else "Pair"
+    caption = f"{origin}: {case.title} of the validation set. Axial slices; R, L, A, P: right, left, front, back."
+    return Pair(*images, *case.truth, float(case.spacing[0]), caption)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 
 from gridreg.grid import warp
 from gridreg.lesson_attention import Pair, attend, early_exits, tokens_in_use
@@ -14,7 +14,6 @@ from gridreg.network import HEADS, GridReg
 from gridreg.panels import show_slice
 from gridreg.style import COLOURS, MAGNITUDE, styled
 
-SIMULATED = "Simulated prostate pair of the validation set, not a patient. Axial slices; R, L, A, P: right, left, front, back."
 POINT = COLOURS["voxelmorph"]
 
 
@@ -49,7 +48,7 @@ def attention_figure(network: GridReg, pair: Pair, grid: int, across: float, up:
             ax.set_ylabel(f"head {head + 1}")
         bar = figure.colorbar(shown, cax=figure.add_axes((0.92, 0.2, 0.015, 0.55)), extend="max")
         bar.set_label("attention (%)")
-        figure.text(0.01, 0.012, "Orange: the control point. " + SIMULATED, fontsize=7, color="#333333")
+        figure.text(0.01, 0.012, "Orange: the control point. " + pair.caption, fontsize=7, color="#333333")
     return figure
 
 
@@ -76,7 +75,7 @@ def levels_figure(network: GridReg, pair: Pair, grid: int) -> Figure:
             below.set_xlabel(f"mean true TRE {error:.2f} mm")
         bar = figure.colorbar(axes[1, -1].images[0], cax=figure.add_axes((0.92, 0.1, 0.015, 0.35)), extend="max")
         bar.set_label("error (mm)")
-        figure.text(0.01, 0.012, SIMULATED, fontsize=7, color="#333333")
+        figure.text(0.01, 0.012, pair.caption, fontsize=7, color="#333333")
     return figure
 
 
@@ -93,8 +92,11 @@ def cost_figure(costs: pd.DataFrame, shape: tuple[int, int, int]) -> Figure:
                 parameters = f"{text}: {rows['parameters'].iloc[0]:,} parameters".replace(",", " ")
                 ax.plot(rows["control points"], rows[column], line, color=colour, label=parameters)
                 ax.set(xscale="log", yscale="log", xlabel="control points", ylabel=column)
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter(NullFormatter())
+                ax.minorticks_off()
+                ax.set_xticks(rows["control points"], [f"{int(count):,}".replace(",", " ") for count in rows["control points"]])
+                ax.grid(axis="y", color="#E5E5E5", lw=0.5)
         axes[0].legend(loc="upper left")
         figure.supxlabel(f"Measured here, images of {'×'.join(map(str, shape))} voxels of random numbers.", fontsize=7,
                          color="#333333", x=0.01, ha="left")  # fmt: skip

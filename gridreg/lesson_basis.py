@@ -18,7 +18,7 @@ from gridreg.metrics import folding_percent, jacobian_determinant, nondiffeomorp
 
 NAMES = {"trilinear": "linear", "bspline": "cubic B-spline", "deconv": "Gaussian (deconv)"}
 SHAPE = (41, 41, 41)  # voxels, in two dimensions 41×41×3
-PATTERNS = ("random", "one point", "squeeze", "checkerboard")
+PATTERNS = ("random", "one point", "squeeze", "diagonal squeeze", "checkerboard")
 
 
 def profile(values: ndarray, n: int, method: str) -> ndarray:
@@ -54,7 +54,8 @@ def pattern(name: str, grid: int, dimensions: int) -> ndarray:
     """(3, g, g, g) displacements of unit size, in control spacings; (3, g, g, 2) with none along z in two dimensions.
 
     "random", equally likely in [-1, 1]; "one point", the middle one pushed along x; "squeeze", every point towards the
-    middle; "checkerboard", neighbours against each other.
+    middle along each axis; "diagonal squeeze", towards the plane at right angles to the diagonal, the worst that can be
+    done to the middle; "checkerboard", neighbours against each other.
     """
     sizes = (grid, grid, grid if dimensions == 3 else 2)
     moved = np.zeros((3, *sizes))
@@ -66,6 +67,8 @@ def pattern(name: str, grid: int, dimensions: int) -> ndarray:
         moved[(0, *(n // 2 for n in sizes[:2]), slice(None) if dimensions == 2 else grid // 2)] = 1
     elif name == "squeeze":
         moved[:] = -np.sign(places)
+    elif name == "diagonal squeeze":
+        moved[:] = -np.sign(places[:dimensions].sum(0).round(6))
     elif name == "checkerboard":
         moved[:] = (-1.0) ** np.indices(sizes)[:dimensions].sum(0)
     else:
@@ -90,11 +93,9 @@ def field(name: str, grid: int, size: float, method: str, dimensions: int = 2, f
     return upsample(control_points, shape, method)[0].numpy()
 
 
-def bound_in_spacings(grid: int, dimensions: int = 2) -> float:
-    """The largest displacement in control spacings that the fold-free bound lets a control point in the middle have."""
-    shape = SHAPE if dimensions == 3 else (*SHAPE[:2], 3)
-    sizes = (grid, grid, grid if dimensions == 3 else 2)
-    return float(displacement_bound(sizes, shape)[0].max()) * (grid - 1) / (SHAPE[0] - 1)
+def bound_in_spacings(grid: int) -> float:
+    """How far, in control spacings, the fold-free bound lets a control point in the middle of a cube move along an axis."""
+    return float(displacement_bound((grid,) * 3, SHAPE)[0].max()) * (grid - 1) / (SHAPE[0] - 1)
 
 
 def folds(displacement: ndarray) -> dict[str, float]:
@@ -110,5 +111,5 @@ def folds(displacement: ndarray) -> dict[str, float]:
 
 @lru_cache(maxsize=64)
 def least_determinants(name: str, grid: int, sizes: tuple[float, ...], fold_free: bool, method: str) -> tuple[float, ...]:
-    """Least det J over all voxels for growing displacements, in two dimensions."""
-    return tuple(float(jacobian_determinant(field(name, grid, s, method, 2, fold_free)).min()) for s in sizes)
+    """Least det J over all voxels of a cube for growing displacements."""
+    return tuple(float(jacobian_determinant(field(name, grid, s, method, 3, fold_free)).min()) for s in sizes)

@@ -84,10 +84,15 @@ def plane_figure(name: str, grid: int, size: float) -> Figure:
             found = folds(u)
             ax.set_title(f"{NAMES[method]}\nleast det J {found['least det J']:.2f}, "
                          f"folded: {found['voxels folded (%)']:.2f} % of voxels, "
-                         f"{found['volume turned over (%)']:.2f} % of area", fontsize=7)  # fmt: skip
+                         f"{share(found['volume turned over (%)'])} of area", fontsize=7)  # fmt: skip
         _determinant_bar(figure, axes)
         _place_caption(figure)
     return figure
+
+
+def share(percent: float) -> str:
+    """``0.2 %``; what is not nothing is not printed as such."""
+    return f"{percent:.2g} %" if percent else "0 %"
 
 
 def _determinant_bar(figure: Figure, axes: np.ndarray) -> None:
@@ -95,8 +100,9 @@ def _determinant_bar(figure: Figure, axes: np.ndarray) -> None:
     bar.set_label("det J (1: area kept)")
 
 
-def _place_caption(figure: Figure) -> None:
-    figure.supxlabel("Lines of the fixed grid, carried by x + u(x) and coloured by det J there. Orange: det J = 0.", fontsize=7, color="#333333", x=0.01, ha="left")  # fmt: skip
+def _place_caption(figure: Figure, what: str = "Lines of the fixed grid") -> None:
+    figure.supxlabel(f"{what}, carried by x + u(x) and coloured by det J there. Orange: det J = 0.", fontsize=7,
+                     color="#333333", x=0.01, ha="left")  # fmt: skip
 
 
 def _lines(displacement: np.ndarray, step: int = 5) -> tuple[list[np.ndarray], list[float]]:
@@ -129,21 +135,22 @@ def cube_figure(name: str, grid: int, size: float) -> Figure:
             ax.set(xlim=limits, ylim=limits, zlim=limits, xlabel="x (voxels)", ylabel="y", zlabel="z", box_aspect=(1, 1, 1))
             found = folds(u)
             ax.set_title(f"{NAMES[method]}\nleast det J {found['least det J']:.2f}, "
-                         f"{found['volume turned over (%)']:.2f} % of the volume turned over", fontsize=7)  # fmt: skip
+                         f"{share(found['volume turned over (%)'])} of the volume turned over", fontsize=7)  # fmt: skip
         figure.colorbar(lines, ax=figure.axes, shrink=0.6, label="mean displacement of a line (voxels)")
     return figure
 
 
 def bound_figure(name: str, grid: int, size: float) -> Figure:
-    """B-spline without and with the bound: warped lines at one size, and the least det J as displacements grow."""
-    free, pressed = field(name, grid, size, "bspline"), field(name, grid, size, "bspline", 2, True)
+    """B-spline in three dimensions without and with the bound: a warped plane, and the least det J as displacements grow."""
+    free, pressed = (field(name, grid, size, "bspline", 3, fold_free) for fold_free in (False, True))
     bound = bound_in_spacings(grid)
     with styled():
         figure = Figure(figsize=(10.4, 4), layout="constrained", label="Folding with and without the bound")
         axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
         for ax, u, title in ((axes[0], free, "as it is"), (axes[1], pressed, "control points within the bound")):
             _warped_plane(ax, u)
-            ax.set_title(f"{title}\nleast det J {folds(u)['least det J']:.2f}")
+            found = folds(u)
+            ax.set_title(f"{title}\nleast det J {found['least det J']:.2f}, {share(found['volume turned over (%)'])} turned over")
         for fold_free, colour, text in ((False, HIGHLIGHT, "as it is"), (True, COLOURS["gridreg-adaptive"], "within the bound")):
             axes[2].plot(SIZES, least_determinants(name, grid, SIZES, fold_free, "bspline"), color=colour, label=text)
         axes[2].axhline(0, color=NEUTRAL, lw=0.8, ls="--")
@@ -152,5 +159,5 @@ def bound_figure(name: str, grid: int, size: float) -> Figure:
         axes[2].set(xlabel="largest displacement asked for (control spacings)", ylabel="least det J", ylim=(-3, 1.1))
         axes[2].legend(loc="lower left")
         _determinant_bar(figure, axes[:2])
-        _place_caption(figure)
+        _place_caption(figure, "Lines of the middle plane of a cube, seen from above")
     return figure

@@ -41,7 +41,7 @@ class World:
 
     noise       standard deviation in both images, whose tissues differ by 0.2 to 0.6
     texture     standard deviation of the pattern inside the tissue; 0 is homogeneous
-    fine        voxels of motion with a wavelength of 8 to 12 voxels, besides the smooth motion that is always there
+    fine        voxels of motion with a wavelength of 5 to 7 voxels, besides the smooth motion that is always there
     smoothness  weight of the bending energy
     method      basis of ``interpolation``
     """
@@ -54,7 +54,7 @@ class World:
 
 
 HOMOGENEOUS = World()
-TEXTURED = World(noise=0.01, texture=0.15, fine=0.5)
+TEXTURED = World(noise=0.01, texture=0.15, fine=0.5)  # the same regularisation
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _waves(rng: np.random.Generator, shortest: float, longest: float, number: in
 def true_displacement(fine: float) -> ndarray:
     """(draws, 2, n, n) voxels: a smooth random motion, and ``fine`` of short wavelength; both per component."""
     rng, x = np.random.default_rng(0), _coordinates()
-    scales = ((SMOOTH, 45, 90, 8), (ROUGH, 16, 30, 12), (fine, 8, 12, 16))  # size, wavelengths, number of waves
+    scales = ((SMOOTH, 45, 90, 8), (ROUGH, 16, 30, 12), (fine, 5, 7, 16))  # size, wavelengths, number of waves
     waves = [[[size * _waves(rng, *kind)(x) for _ in range(2)] for _ in range(DRAWS)] for size, *kind in scales]
     return np.sum(waves, axis=0)
 
@@ -114,7 +114,7 @@ def tissue(points: ndarray, texture: float) -> ndarray:
         (-0.25, np.hypot(x - 19, y - 2) - 5),
     )
     flat = 0.3 + sum(step / (1 + np.exp(2 * beyond)) for step, beyond in organs)
-    return flat + texture * _waves(np.random.default_rng(1), 7, 14, 60)(points)
+    return flat + texture * _waves(np.random.default_rng(1), 4, 10, 60)(points)
 
 
 @lru_cache(maxsize=4)

@@ -15,7 +15,7 @@ from gridreg.lesson_freedom import GRIDS, HOMOGENEOUS, MARGIN, SIZE, World, best
 from gridreg.style import COLOURS, IMAGE, MAGNITUDE, NEUTRAL, styled
 
 LONGEST = 2.5  # voxels of error at the end of the colour map
-HIGHEST = 1.6  # voxels² on the axis of the curves, the same for every world
+HIGHEST = 1.6  # voxels² on the axis of the curves, the same for every world whose errors are not larger
 APPROXIMATION, ESTIMATION = COLOURS["gridreg-adaptive"], COLOURS["gridreg-5"]
 SIMULATED = "Simulated images in two dimensions; errors are means over three deformations and draws of noise."
 

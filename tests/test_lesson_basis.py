@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gridreg.fold_free import displacement_bound
 from gridreg.interpolation import METHODS
 from gridreg.lesson_basis import PATTERNS, SHAPE, bound_in_spacings, field, folds, least_determinants, pattern, profile, properties
 from gridreg.lesson_basis_view import bound_figure, cube_figure, line_figure, plane_figure
@@ -42,12 +43,18 @@ def test_nothing_folds_at_rest_and_a_checkerboard_folds_at_once():
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_the_bound_forbids_folds_and_the_checkerboard_nearly_attains_it(name):
+def test_the_bound_forbids_folds_and_the_diagonal_squeeze_attains_it(name):
     assert min(least_determinants(name, 7, (0.3, 1.0, 5.0), True, "bspline")) > 0
-    if name == "checkerboard":
-        bound = bound_in_spacings(7)
-        before, after = least_determinants(name, 7, (0.8 * bound, 1.5 * bound), False, "bspline")
-        assert before > 0 > after
+    bound = bound_in_spacings(7)
+    assert bound == pytest.approx(0.4, abs=0.01)
+    just_below, just_above = least_determinants(name, 7, (0.95 * bound, 1.05 * bound), False, "bspline")
+    assert (just_below > 0 >= just_above) == (name == "diagonal squeeze")
+    if name == "one point":
+        assert least_determinants(name, 7, (2.0,), False, "bspline")[0] > 0
+    if name == "checkerboard":  # folds in the corners, where the bound is stricter
+        assert just_below < 0 < least_determinants(name, 7, (0.16,), False, "bspline")[0]
+        corner = float(displacement_bound((7, 7, 7), SHAPE)[0, 0, 0, 0]) * 6 / (SHAPE[0] - 1)
+        assert corner == pytest.approx(0.12, abs=0.005)
 
 
 def test_an_unknown_pattern_is_refused():

@@ -69,8 +69,14 @@ def test_what_the_notebook_claims():
     totals = {grid: outcome(HOMOGENEOUS, grid).total for grid in GRIDS}
     assert 3 < best_grid(HOMOGENEOUS) < SIZE  # a minimum in the middle …
     assert totals[SIZE] > 1.3 * totals[best_grid(HOMOGENEOUS)]  # … and the dense field loses,
+    assert best_grid(TEXTURED) == SIZE  # but not everywhere: with texture and fine motion it is the best of all
     dense, coarse = (outcome(TEXTURED, grid).total for grid in (SIZE, best_grid(HOMOGENEOUS)))
-    assert dense < coarse / 2  # but not everywhere
+    assert dense < coarse / 2
+    blind = [outcome(replace(HOMOGENEOUS, texture=0.0, fine=0.5), grid) for grid in GRIDS]
+    assert min(o.total for o in blind) > 1.5 and blind[-1].approximation < 1e-9  # no grid sees what the image does not show
+    weights = (0.0001, 0.001, 0.003, 0.01, 0.1, 1.0)
+    by_grid = {g: [outcome(replace(HOMOGENEOUS, smoothness=s), g).total for s in weights] for g in (5, 6, SIZE)}
+    assert min(by_grid[SIZE]) < min(by_grid[5]) and max(by_grid[5]) / min(by_grid[5]) < 3 < 6 < max(by_grid[SIZE]) / min(by_grid[SIZE])
     assert outcome(replace(HOMOGENEOUS, noise=0.12), 20).estimation > outcome(replace(HOMOGENEOUS, noise=0.01), 20).estimation
     smooth = replace(HOMOGENEOUS, smoothness=0.1)
     assert outcome(smooth, SIZE).total < totals[SIZE]  # regularisation removes degrees of freedom too

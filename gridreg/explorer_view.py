@@ -232,7 +232,7 @@ def error_figure(registered: Registered) -> Figure | None:
     error, sigma = known
     with styled(), mpl.rc_context({"axes.titlesize": 9}):
         figure = Shown((7.2, 3.2), dpi=DPI)  # a layout engine would draw everything twice
-        left, right = (figure.add_axes((x, 0.2, 0.345, 0.7)) for x in (0.08, 0.6))
+        left, right = (figure.add_axes((x, 0.225, 0.345, 0.69)) for x in (0.08, 0.6))
         predicted, found = spread_bins(error, sigma)
         most = 1.05 * max(predicted.max(), found.max())
         left.plot([0, most], [0, most], color="#999999", lw=0.8, ls="--", label="ideal")
@@ -248,9 +248,9 @@ def error_figure(registered: Registered) -> Figure | None:
             ax.legend(loc=free)
         region = "fixed mask" if registered.case.labels[0] is not None else "whole image"
         source = "Simulated cohort; the" if registered.case.simulated else "The"
-        figure.text(0.01, 0.015, f"{source} true displacement is known at {error.shape[1]} voxels of the {region}; "
-                    f"each axis counts by itself. Errors are {scale(error, sigma):.1f} times as large as σ says.",
-                    fontsize=7, color="#333333")  # fmt: skip
+        figure.text(0.01, 0.015, f"{source} true displacement is known at {error.shape[1]} voxels of the {region}. "
+                    f"Each axis counts by itself.\nErrors are {scale(error, sigma):.1f} times as large as σ says.",
+                    fontsize=7, color="#333333", linespacing=1.3)  # fmt: skip
     return figure
 
 

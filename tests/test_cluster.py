@@ -30,8 +30,8 @@ def repository(folder, tmp_path) -> Path:  # noqa: F811
     values = params.load(path)
     values["datasets"] = {"blobs": values["datasets"]["brain"] | {"path": str(folder), "shape": [20, 24, 18]}}
     gridreg = {"method": "gridreg", "base_channels": 8, "num_layers": 4}
-    values["runs"] = {"coarse": gridreg | {"grids": [[3, 3, 3]]}, "fine": gridreg | {"grids": [[5, 5, 5]]}}
-    values["use"] = {"datasets": ["blobs"], "trained": ["coarse", "fine"], "untrained": []}
+    values["runs"] = {"coarse": gridreg | {"grids": [[3, 3, 3]]}, "gridreg-adaptive": gridreg | {"grids": [[5, 5, 5]]}}
+    values["use"] = {"datasets": ["blobs"], "trained": ["coarse", "gridreg-adaptive"], "untrained": []}
     values["train"] |= {"steps": 6, "validate_every": 3}
     path.write_text(yaml.safe_dump(values))
     shutil.copytree(folder, tmp_path / "results" / "preprocess" / "blobs")
@@ -44,14 +44,14 @@ def command(*arguments: str) -> list[str]:
 
 def test_tasks_of_a_job_array_train_side_by_side_and_are_adopted(repository, monkeypatch):
     listed = subprocess.run(command("--list"), cwd=repository, env=ENVIRONMENT, capture_output=True, text=True)
-    assert listed.stdout == "0 blobs coarse\n1 blobs fine\n", listed.stderr
+    assert listed.stdout == "0 blobs coarse\n1 blobs gridreg-adaptive\n", listed.stderr
     tasks = [subprocess.Popen(command("--number", n), cwd=repository, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
              for n in "01"]  # fmt: skip
     errors = [task.communicate(timeout=300)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
     monkeypatch.chdir(repository)
     values, data = params.load(), Preprocessed("results/preprocess/blobs")
-    runs = ("coarse", "fine")
+    runs = ("coarse", "gridreg-adaptive")
     for run in runs:
         training.train(data, out=f"direct/{run}", scratch="elsewhere", **training_arguments(values, "blobs", run))
     monkeypatch.setattr(training, "optimise", None)  # from here on nothing is trained

@@ -12,12 +12,13 @@ from gridreg.explorer import Registered
 def volume_view(registered: Registered, overlay: str = "", opacity: float = 0.5, height: int = 400) -> NiiVue:
     """An ipyniivue widget of the fixed image and one of ``Registered.maps`` (by default the first), on the case's grid.
 
-    Slices are shown as radiologists do, the patient's right on the left, as everywhere here.
+    Slices are shown as radiologists do, the patient's right on the left and the face on the left, as everywhere here.
     """
     values = np.nan_to_num(registered.map_mm(overlay or registered.maps()[0]))
     viewer = NiiVue(
-        height=height, multiplanar_show_render=ShowRender.ALWAYS, is_radiological_convention=True, is_colorbar=True,
+        height=height, multiplanar_show_render=ShowRender.ALWAYS, is_radiological_convention=True, sagittal_nose_left=True,
         crosshair_width=0.7, crosshair_width_unit="mm", crosshair_color=(1, 1, 1, 0.8), show_3d_crosshair=True,
+        is_colorbar=True,
     )  # fmt: skip
     viewer.load_volumes([
         _volume("fixed.nii", registered.case.fixed, registered, colormap="gray", colorbar_visible=False),

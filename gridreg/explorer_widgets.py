@@ -239,7 +239,7 @@ def read_out_table(found: dict[str, Any]) -> str:
 
 def measured_table(rows: pd.DataFrame) -> str:
     """Before and after registration, as an HTML table."""
-    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{value:.3g}</td>" for value in row) + "</tr>"
+    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{f'{value:#.3g}' if value else '0'}</td>" for value in row) + "</tr>"
                    for name, row in rows.iterrows())  # fmt: skip
     head = "".join(f"<th>{when}</th>" for when in rows)
     return f"<table style='line-height: 1.4; font-size: 90%'><tr><th></th>{head}</tr>{body}</table>"

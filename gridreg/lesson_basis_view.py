@@ -85,19 +85,19 @@ def plane_figure(name: str, grid: int, size: float) -> Figure:
             ax.set_title(f"{NAMES[method]}\nleast det J {found['least det J']:.2f}, "
                          f"folded: {found['voxels folded (%)']:.2f} % of voxels, "
                          f"{share(found['volume turned over (%)'])} of area", fontsize=7)  # fmt: skip
-        _determinant_bar(figure, axes)
+        _determinant_bar(figure, axes, "area")
         _place_caption(figure)
     return figure
 
 
 def share(percent: float) -> str:
     """``0.2 %``; what is not nothing is not printed as such."""
-    return f"{percent:.2g} %" if percent else "0 %"
+    return f"{percent:.2g} %" if percent >= 0.001 else "less than 0.001 %" if percent else "0 %"
 
 
-def _determinant_bar(figure: Figure, axes: np.ndarray) -> None:
+def _determinant_bar(figure: Figure, axes: np.ndarray, kept: str) -> None:
     bar = figure.colorbar(axes[-1].collections[0], ax=axes, shrink=0.75, extend="both", ticks=(-1, 0, 1, 2, 3))
-    bar.set_label("det J (1: area kept)")
+    bar.set_label(f"det J (1: {kept} kept)")
 
 
 def _place_caption(figure: Figure, what: str = "Lines of the fixed grid") -> None:
@@ -157,7 +157,7 @@ def bound_figure(name: str, grid: int, size: float) -> Figure:
         axes[2].axvline(bound, color="#888888", lw=0.8, label=f"bound: {bound:.2f} spacings")
         axes[2].axvline(size, color="#888888", lw=0.8, ls=":", label="shown on the left")
         axes[2].set(xlabel="largest displacement asked for (control spacings)", ylabel="least det J", ylim=(-3, 1.1))
-        axes[2].legend(loc="lower left")
-        _determinant_bar(figure, axes[:2])
+        axes[2].legend(loc="lower left", framealpha=0.9)
+        _determinant_bar(figure, axes[:2], "volume")
         _place_caption(figure, "Lines of the middle plane of a cube, seen from above")
     return figure

@@ -118,13 +118,15 @@ def read_out(registered: Registered, voxel: tuple[int, int, int]) -> dict[str, A
     if case.labels[0] is not None:
         value = int(case.labels[0][tuple(voxel)])
         label = case.label_names.get(value, f"label {value}") if value else "background"
-    known = case.truth is not None and bool(case.truth[1][tuple(voxel)])
+    error = None
+    if case.truth is not None and case.truth[1][tuple(voxel)]:
+        error = (registered.displacement[at] - case.truth[0][at]) * case.spacing
     return {
         "scan_mm": case.scan_mm(voxel),
         "label": label,
         "displacement_mm": registered.displacement_mm[at],
         "sigma_mm": None if registered.sigma_mm is None else registered.sigma_mm[at],
-        "error_mm": registered.error_mm()[at] if known else None,
+        "error_mm": error,
     }
 
 

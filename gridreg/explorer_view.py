@@ -173,10 +173,11 @@ class View:
         fixed, warped = self.case.fixed, self.registered.warped
         if look.comparison == "checkerboard":
             tile = max(1, max(self.case.shape) // TILES)
-            squares = sum(axis // tile for axis in np.ogrid[tuple(slice(n) for n in self.case.shape)]) % 2 == 0
 
             def mixed(view: str, index: int) -> np.ndarray:
-                return np.where(*(slice_of(volume, view, index) for volume in (squares, fixed, warped)))
+                planes = [slice_of(volume, view, index) for volume in (fixed, warped)]
+                rows, columns = np.ogrid[: planes[0].shape[0], : planes[0].shape[1]]
+                return np.where((rows // tile + columns // tile + index // tile) % 2 == 0, *planes)
 
             return mixed, IMAGE, (0, 1), "fixed and warped, in squares"
         if look.comparison == "difference":

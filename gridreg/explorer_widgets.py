@@ -7,7 +7,8 @@ keyboard; a click in the picture does what the three sliders of the crosshair do
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +142,24 @@ class Explorer(widgets.VBox):
             self._waiting.cancel()
         self._waiting = loop.call_later(PAUSE, call)
 
-    def _set(self, **controls: dict[str, Any]) -> None:
-        """Change controls without answering to each."""
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Controls that are changed meanwhile are not answered one by one."""
         self._quiet = True
-        for name, state in controls.items():
-            for trait, value in state.items():
-                setattr(getattr(self, name), trait, value)
-        self._quiet = False
+        try:
+            yield
+        finally:
+            self._quiet = False
 
     def _open_dataset(self) -> None:
         self.network, config = load_network(self.checkpoints / self.dataset.value)
-        grid = config["grid"][0]
-        self._set(grid={"value": grid})
-        if not self.files:
-            name = self.dataset.value
-            pairs = [[side.removeprefix(f"{name}_") for side in pair] for pair in demo_pairs(self.values, name)]
-            self._set(pair={"options": [(" ← ".join(pair), n) for n, pair in enumerate(pairs)], "value": 0})
+        with self._quietly():
+            self.grid.value = config["grid"][0]
+            if not self.files:
+                name = self.dataset.value
+                pairs = [[side.removeprefix(f"{name}_") for side in pair] for pair in demo_pairs(self.values, name)]
+                self.pair.options = [(" ← ".join(pair), n) for n, pair in enumerate(pairs)]
+                self.pair.value = 0
         self._open_pair()
 
     def _open_pair(self) -> None:
@@ -164,13 +167,12 @@ class Explorer(widgets.VBox):
         case: Case = own_case(self.values, *self.files, name) if self.files else demo_case(self.values, name, self.pair.value)
         registered = register_case(self.network, case, self.grid.value)
         self.view, look = View(registered), first_look(registered)
-        self._quiet = True
-        for slider, size, at in zip(self.crosshair, case.shape, look.voxel):
-            slider.max, slider.value = size - 1, at
-        names, kept = registered.maps(), self.overlay.value
-        self.overlay.options = names
-        self.overlay.value = kept if kept in names else names[0]
-        self._quiet = False
+        with self._quietly():
+            for slider, size, at in zip(self.crosshair, case.shape, look.voxel):
+                slider.max, slider.value = size - 1, at
+            names, kept = registered.maps(), self.overlay.value
+            self.overlay.options = names
+            self.overlay.value = kept if kept in names else names[0]
         self.said.value = "<br>".join(case.notes)
         self._show(registered)
 
@@ -206,10 +208,9 @@ class Explorer(widgets.VBox):
     def _click(self, clicked: list[float]) -> None:
         voxel = self.view.voxel_at(*clicked[:2], self.look().voxel)
         if voxel is not None:
-            self._quiet = True
-            for slider, value in zip(self.crosshair, voxel):
-                slider.value = value
-            self._quiet = False
+            with self._quietly():
+                for slider, value in zip(self.crosshair, voxel):
+                    slider.value = value
             self._draw()
 
     def _show_errors(self) -> None:

@@ -24,7 +24,7 @@ from gridreg.interpolation import upsample
 from gridreg.methods import parameter_count
 from gridreg.metrics import tre_mm
 from gridreg.network import (
-    HEAD_CHANNELS, HEADS, CrossAttention, GridReg, level_grid, resize, token_positions, tokens_a_spacing,
+    HEAD_CHANNELS, HEADS, CrossAttention, GridReg, resize, token_positions, tokens_a_spacing,
 )  # fmt: skip
 from gridreg.pair import demo_case
 
@@ -87,10 +87,11 @@ def load_pair(values: dict[str, Any], dataset: str) -> Pair:
 
 @contextmanager
 def watching(network: GridReg) -> Iterator[dict[str, list]]:
-    """Keep, level by level, what the attention receives, in one call or several, and what the level returns."""
-    kept: dict[str, list] = {"attention": [[] for _ in network.decoder], "result": []}
+    """Keep, level by level, what the level receives and returns, and what its attention receives, in one call or several."""
+    kept: dict[str, list] = {"level": [], "attention": [[] for _ in network.decoder], "result": []}
     hooks = []
     for level, calls in zip(network.decoder, kept["attention"]):
+        hooks.append(level.register_forward_pre_hook(lambda _, given: kept["level"].append(given)))
         hooks.append(level.attention.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(given)))
         hooks.append(level.register_forward_hook(lambda _, given, result: kept["result"].append(result)))
     try:
@@ -141,23 +142,15 @@ def attend(network: GridReg, pair: Pair, grid_size: int | Shape) -> list[Level]:
     """The attention of every level, coarse to fine, when the network registers the pair on a grid; the last are kept."""
     shape = tuple(pair.fixed.shape[2:])
     grid_size = check_grid_size(grid_size, shape)
-    sizes = {}
-    hooks = [encode.register_forward_hook(lambda _, given, result, layer=layer: sizes.update({layer: tuple(result.shape[2:])}))
-             for layer, encode in enumerate(network.encoder, start=1)]  # fmt: skip
-    try:
-        with watching(network) as kept:
-            network(pair.fixed, pair.moving, grid_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watching(network) as kept:
+        network(pair.fixed, pair.moving, grid_size)
     levels = []
-    for layer, level, given, result in zip(network.layers, network.decoder, kept["attention"], kept["result"]):
-        here = level_grid(grid_size, sizes[layer], whole=level.coarsest or level is network.decoder[-1])
-        weights = torch.cat([attention_weights(level.attention, *call) for call in given])
-        p = tokens_a_spacing(sizes[layer][2], here[2])
+    for layer, level, received, calls, result in zip(network.layers, network.decoder, *kept.values()):
+        size, here = tuple(received[0].shape[2:]), received[3]
+        weights = torch.cat([attention_weights(level.attention, *call) for call in calls])
+        p = tokens_a_spacing(size[2], here[2])
         weights = weights.flatten(0, 1) if level.coarsest else _of_each_point(weights, p)
-        places = _places(sizes[layer], here, shape, level.coarsest)
-        levels.append(Level(layer, here, sizes[layer], weights, places, result[0]))
+        levels.append(Level(layer, here, size, weights, _places(size, here, shape, level.coarsest), result[0]))
     return levels
 
 

@@ -12,6 +12,7 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from gridreg.interpolation import METHODS
 from gridreg.lesson_basis import NAMES, SHAPE, bound_in_spacings, field, folds, least_determinants, profile
 from gridreg.metrics import jacobian_determinant
+from gridreg.panels import lines_through
 from gridreg.style import COLOURS, MAGNITUDE, NEUTRAL, SIGNED, styled
 
 FINE = 401  # places along a line
@@ -63,8 +64,7 @@ def _warped_plane(ax: Axes, displacement: np.ndarray) -> None:
     determinant = jacobian_determinant(displacement)[:, :, middle]
     at = (np.indices(displacement.shape[1:]) + displacement)[:2, :, :, middle]
     ax.pcolormesh(*at, determinant, norm=DETERMINANT, cmap=SIGNED, shading="gouraud")
-    tracks = [*np.moveaxis(at[:, ::2], 0, -1), *np.moveaxis(at[:, :, ::2], 0, -1).swapaxes(0, 1)]
-    ax.add_collection(LineCollection(tracks, colors="#222222", linewidths=0.5))
+    ax.add_collection(LineCollection(lines_through(at, 2), colors="#222222", linewidths=0.5))
     if determinant.min() <= 0 < determinant.max():
         ax.contour(*at, determinant, levels=[0], colors=[HIGHLIGHT], linewidths=1.4)
     ax.set(xticks=[], yticks=[], xlim=(-6, SHAPE[0] + 5), ylim=(-6, SHAPE[1] + 5), aspect="equal")

@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from gridreg.lesson_freedom import GRIDS, HOMOGENEOUS, MARGIN, SIZE, World, best_grid, images, outcome
+from gridreg.panels import lines_through
 from gridreg.style import COLOURS, IMAGE, MAGNITUDE, NEUTRAL, styled
 
 LONGEST = 2.5  # voxels of error at the end of the colour map
@@ -50,8 +51,7 @@ def _bare(ax: Axes, title: str) -> None:
 
 def draw_warped_lines(ax: Axes, displacement: np.ndarray, colour: str, step: int = 3) -> None:
     """Lines of the fixed grid carried along by a displacement (2, n, n) in voxels."""
-    x = np.indices(displacement.shape[1:]) + displacement
-    tracks = [*np.moveaxis(x[:, ::step], 0, -1), *np.moveaxis(x[:, :, ::step], 0, -1).swapaxes(0, 1)]
+    tracks = lines_through(np.indices(displacement.shape[1:]) + displacement, step)
     ax.add_collection(LineCollection(tracks, colors=colour, linewidths=0.6))
 
 

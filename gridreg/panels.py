@@ -87,9 +87,12 @@ def grid_lines(displacement: np.ndarray, view: str, index: int, lines: int = 16)
     """Lines of the fixed grid carried by x + u(x), projected on a slice: each (N, 2), voxels across and up."""
     u, v = (slice_of(displacement[axis], view, index) for axis in VIEWS[view][1:3])  # across and up, each (rows, columns)
     rows, columns = np.mgrid[: u.shape[0], : u.shape[1]].astype(float)
-    points = np.stack([columns + u, rows + v], axis=-1)
-    step = max(1, round(max(u.shape) / lines))
-    return [*points[::step], *points[:, ::step].swapaxes(0, 1)]
+    return lines_through(np.stack([columns + u, rows + v]), max(1, round(max(u.shape) / lines)))
+
+
+def lines_through(points: np.ndarray, step: int) -> list[np.ndarray]:
+    """Every ``step``-th line of a mesh of points (2, n, m) in voxels, along either axis: each (N, 2)."""
+    return [*np.moveaxis(points[:, ::step], 0, -1), *np.moveaxis(points[:, :, ::step], 0, -1).swapaxes(0, 1)]
 
 
 def show_deformed_grid(

@@ -28,8 +28,10 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from gridreg.errors import InputError, exit_status
 from gridreg.in_use import set_aside, set_list, skip_missing
-from gridreg.schema import BENCHMARK, DATASET, EVALUATE, FALSE_CORRESPONDENCE, METHODS, REQUIRED, TRAIN, USE, Rule
-from gridreg.schema import refuse_unknown, train_settings, training_arguments, validate
+from gridreg.schema import (
+    BENCHMARK, DATASET, EVALUATE, FALSE_CORRESPONDENCE, METHODS, REQUIRED, TRAIN, USE, Rule, refuse_unknown, train_settings,
+    training_arguments, validate,
+)  # fmt: skip
 
 __all__ = ["load", "validate", "train_settings", "training_arguments", "switch_profile", "update"]
 

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from gridreg.errors import InputError
+from gridreg.schema import MAIN_RUN
 
-REFERENCE = "gridreg-adaptive"  # the main run, against which the others are compared
+REFERENCE = MAIN_RUN  # against which the others are compared
 PAIR = ["fixed", "moving"]
 
 

@@ -145,7 +145,7 @@ METHODS = {                                                       # a trained ru
     },
 }
 UNTRAINED = ("identity", "syn")
-MAIN_RUN = "gridreg-adaptive"                                     # results.REFERENCE
+MAIN_RUN = "gridreg-adaptive"
 BENCHMARK = {
     "methods": default(each(choice(*METHODS), "a list of methods"), ["gridreg", "voxelmorph"]),  # in their published size
     "grids": default(SHAPES, [[10, 10, 10]]),                     # control points, for GridReg

@@ -129,6 +129,8 @@ class View:
         panel["image"] = ax.images[-1]
         panel["image"].set_cmap(MAGNITUDE if column == 3 else IMAGE)
         ax.patch.set_facecolor("#DDDDDD")  # where a map is not known
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_visible(False)  # without ticks it shows nothing, but is laid out at every drawing
         panel["lines"] = [ax.axvline(0, color="white", lw=0.6, alpha=0.8), ax.axhline(0, color="white", lw=0.6, alpha=0.8)]
         panel["vectors"] = None
         if column == 1:
@@ -265,5 +267,5 @@ def png(figure: Figure) -> bytes:
 def encoded(canvas: FigureCanvasAgg) -> bytes:
     """What has been drawn on a canvas as PNG bytes: large ones, quickly."""
     file = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(file, "png", compress_level=1)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(file, "png", compress_level=1)
     return file.getvalue()

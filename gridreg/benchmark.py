@@ -2,6 +2,7 @@
 
 All methods get the same images, threads and allocator settings. A row that cannot be measured says why.
     register    network and warp, images on the device, batch 1
+    variant     the same for a run that is not its method's default network, in its published size, at one image size
     train       one step as in ``train``: images to the device, forward, MSE and bending losses, backward, Adam
     bending     the bending energy and its gradient alone, of the dense field and from its control points
 """
@@ -9,7 +10,7 @@ All methods get the same images, threads and allocator settings. A row that cann
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from types import SimpleNamespace
@@ -31,12 +32,11 @@ from gridreg.memory import MB, available_mb, settle_allocator
 from gridreg.methods import build, grid_name, parameter_count
 from gridreg.network import GridReg
 from gridreg.objective import loss_terms
-from gridreg.schema import METHODS, REQUIRED
+from gridreg.published import cost_grid, published
 
 COLUMNS = ["run", "method", "grid", "shape", "task", "batch", "seconds", "seconds_min", "repeats", *PARTS, "memory_mb",
            "peak_mb", "parameters", "multiply_adds", "device", "threads", "note"]  # fmt: skip
 GRIDS = [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15)]
-PUBLISHED = {"voxelmorph": {"width": 16, "levels": 5}}  # what a profile may have made smaller; the others' defaults are
 RUNS = {"syn": "ants-syn"}  # methods that the tables know by another name
 OUTSIDE = {"ants-syn": "works in a process of its own, on one thread; its memory is not measured"}
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
@@ -55,6 +55,7 @@ class Job:
     grid: Shape | None
     shape: Shape
     batch: int
+    run: str = ""  # the name of a variant; the others are named by method and grid
 
     @property
     def voxels(self) -> int:
@@ -62,7 +63,8 @@ class Job:
 
     def row(self, **values: Any) -> dict[str, Any]:
         grid = "" if self.grid is None else f"-{self.grid[0] if len(set(self.grid)) == 1 else grid_name(self.grid)}"
-        names = {"run": RUNS.get(self.method, self.method) + grid, "method": self.method, "grid": grid_name(self.grid)}
+        name = self.run or RUNS.get(self.method, self.method) + grid
+        names = {"run": name, "method": self.method, "grid": grid_name(self.grid)}
         return names | {"shape": grid_name(self.shape), "task": self.task, "batch": self.batch} | values
 
 
@@ -146,11 +148,11 @@ def reason(error: Exception) -> str:
     return "out of memory" if memory else line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
 
 
-def method_rows(method: str, jobs: Sequence[Job], limit_seconds: float, where: torch.device) -> Iterator[dict[str, Any]]:
-    """One row for every job of a method, in the order given; jobs of one task and grid stand together, small first."""
+def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, where: torch.device) -> Iterator[dict]:
+    """One row for every job of a network, in the order given; jobs of one task and grid stand together, small first."""
+    method = run["method"]
     try:
-        defaults = {name: rule.default for name, rule in METHODS.get(method, {}).items() if rule.default is not REQUIRED}
-        network = build({"method": method} | defaults | PUBLISHED.get(method, {})).to(where)
+        network = build(published(run)).to(where)
     except Exception as error:  # whatever keeps a peer from being built is the answer
         yield from (job.row(note=reason(error)) for job in jobs)
         return
@@ -158,7 +160,7 @@ def method_rows(method: str, jobs: Sequence[Job], limit_seconds: float, where: t
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-6) if size else None
 
     def call(job: Job) -> Callable[[], None]:
-        if job.task == "register":
+        if job.task != "train":
             return registration(network, job.shape, job.grid, where)
         return training_step(network, optimiser, job.shape, job.batch, job.grid, where)
 
@@ -183,7 +185,7 @@ def method_rows(method: str, jobs: Sequence[Job], limit_seconds: float, where: t
                 pace = result.seconds / job.voxels, result.memory_mb / job.voxels
                 row |= vars(result)
                 row["memory_mb"] += state_mb(optimiser) if task == "train" else 0
-                if task == "register" and isinstance(network, GridReg):
+                if task != "train" and isinstance(network, GridReg):
                     row |= parts(network, on_device(job.shape, where), grid, where, result.repeats)
             except Exception as error:
                 row["note"] = reason(error)
@@ -198,6 +200,7 @@ def measure(
     batches: Sequence[int] = (),
     grids: Sequence[Sequence[int]] = GRIDS,
     limit_seconds: float = 60.0,
+    variants: Mapping[str, dict[str, Any]] | None = None,
 ) -> pd.DataFrame:
     """One row per method, grid, shape, task and batch, with ``COLUMNS``; before them the floor of every shape.
 
@@ -205,6 +208,7 @@ def measure(
     batches        pairs in a training step; none: training is not measured
     grids          control points, for GridReg
     limit_seconds  a call that is expected to take longer is left out
+    variants       runs by name, each measured in its published size at the middle one of ``shapes`` (of two the smaller)
 
     memory_mb is what is needed beyond weights and images: on a CPU the growth of the process, on a GPU that of the
     allocated memory. For training it includes the gradients and Adam's state.
@@ -222,11 +226,14 @@ def measure(
         for shape in shapes
         for batch in sizes
     ]
+    middle = shapes[(len(shapes) - 1) // 2]
+    work = [({"method": method}, list(group)) for method, group in groupby(jobs, key=lambda job: job.method)]
+    work += [(run, [Job(run["method"], "variant", cost_grid(run), middle, 1, name)]) for name, run in (variants or {}).items()]
     rows = [floor_row(shape, speed) for shape in shapes]
-    with tqdm(total=len(jobs), unit="row", mininterval=2) as progress:
-        for method, group in groupby(jobs, key=lambda job: job.method):
-            progress.set_description(method)
-            for row in method_rows(method, list(group), limit_seconds, where):
+    with tqdm(total=sum(len(group) for _, group in work), unit="row", mininterval=2) as progress:
+        for run, group in work:
+            progress.set_description(group[0].run or run["method"])
+            for row in method_rows(run, group, limit_seconds, where):
                 rows.append(row)
                 progress.update()
             if where.type == "cuda":

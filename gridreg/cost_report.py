@@ -40,13 +40,13 @@ def voxels(size: str) -> int:
     return int(np.prod([int(n) for n in size.split("x")]))
 
 
+def of_methods(frame: pd.DataFrame) -> pd.DataFrame:
+    """Registration and training of every method; variants of them are for the tables of the ablations."""
+    return frame[frame["task"].isin(["register", "train"])]
+
+
 def shapes_in_order(frame: pd.DataFrame) -> list[str]:
     return sorted(set(frame["shape"]), key=voxels)
-
-
-def read_benchmark(path: Path | str) -> pd.DataFrame:
-    """``benchmark.csv`` as ``benchmark.measure`` returned it: no grid and no note are ""."""
-    return pd.read_csv(path).fillna({"grid": "", "note": ""})
 
 
 # --- table -------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def setting(frame: pd.DataFrame) -> str:
 
 def to_markdown(frame: pd.DataFrame) -> str:
     """One pipe table per image size, then what the columns mean and why a cell is empty."""
-    frame, bending = frame[frame["task"] != "bending"], frame[frame["task"] == "bending"]
+    frame, bending = of_methods(frame), frame[frame["task"] == "bending"]
     batches = sorted(set(frame.loc[frame["task"] == "train", "batch"]))
     heads = ["", "ms a case", "against GridReg", *PARTS.values(), "memory (MB)"]
     heads += [*(["all memory (MB)"] if on_gpu(frame) else []), "parameters", "multiply-adds (10⁹)"]
@@ -158,7 +158,7 @@ def cost_figure(path: Path | str, frame: pd.DataFrame) -> Figure:
 
     Rows: time and memory of a registration, then of a training step at the smallest batch that was measured.
     """
-    frame = frame[frame["task"] != "bending"]
+    frame = of_methods(frame)
     batches = sorted(set(frame.loc[(frame["task"] == "train") & frame["seconds"].notna(), "batch"]))
     panels = [("register", 1, "seconds", "time per case (s)"), ("register", 1, "memory_mb", "peak extra memory (MB)")]
     if batches:

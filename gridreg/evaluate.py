@@ -47,8 +47,11 @@ def register(
     grid: Shape | None,
     where: torch.device,
     refinement: dict[str, Any] | None = None,
+    labels: list[np.ndarray | None] = (None, None),
 ) -> tuple[Registration, np.ndarray, float, float]:
     """Register one pair of (W, H, D) images in [0, 1]; ``refinement`` holds arguments of ``refine.refine``, or None.
+
+    labels   of fixed and moving image, for a method that looks only around them (SyN with ``mask_margin``)
 
     Returns the registration, the warped moving image (W, H, D), the seconds for network, refinement and warp with the
     images on the device, and the peak of GPU memory in MB, weights and images included (NaN without a GPU).
@@ -58,8 +61,9 @@ def register(
     if on_gpu:
         torch.cuda.synchronize(where)
         torch.cuda.reset_peak_memory_stats(where)
+    masked = getattr(network, "mask_margin", None) is not None and all(side is not None for side in labels)
     began = time.perf_counter()
-    registration = network(*images, grid)
+    registration = network(*images, grid, labels=labels) if masked else network(*images, grid)
     if refinement and registration.control_points is not None:
         registration = refine(
             registration, *images, upsampling=network.upsampling, fold_free=network.fold_free, **refinement
@@ -136,14 +140,15 @@ def evaluate(
     network = network.to(where).eval()
     pairs, rows = data.pairs("test"), []
     first = [data.image(subject) for subject in pairs[0]]
-    for grid in grids:
+    for grid in [] if method in UNTRAINED else grids:
         register(network, *first, grid, where)  # warm-up: the first call allocates and fills caches
     for number, (fixed, moving) in enumerate(tqdm(pairs, desc=f"{dataset} {run}", unit="pair", mininterval=2)):
         truth = data.truth(fixed, moving)
         for grid in grids:
             registration, warped, seconds, peak_mb = register(
-                network, data.image(fixed), data.image(moving), grid, where, refinement if grid == chosen else None
-            )
+                network, data.image(fixed), data.image(moving), grid, where,
+                refinement if grid == chosen else None, [data.labels(fixed), data.labels(moving)],
+            )  # fmt: skip
             displacement = registration.displacement[0].cpu().numpy()
             row: dict[str, Any] = {"dataset": dataset, "run": run, "method": method, "grid": grid_name(grid)}
             row |= {"chosen": grid == chosen, "fixed": fixed, "moving": moving}

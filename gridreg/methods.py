@@ -56,7 +56,8 @@ def _given(run: dict[str, Any], *names: str) -> dict[str, Any]:
 def _syn(run: dict[str, Any]) -> nn.Module:
     from gridreg.pairwise import SyN  # the peers when they are used, not above: their packages take seconds to import
 
-    return SyN(**_given(run, "iterations", "metric", "gradient_step", "flow_sigma", "total_sigma", "affine_stage"))
+    return SyN(**_given(run, "iterations", "metric", "gradient_step", "flow_sigma", "total_sigma", "affine_stage",
+                        "mask_margin"))  # fmt: skip
 
 
 def _transmorph(run: dict[str, Any]) -> nn.Module:

@@ -26,6 +26,7 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from gridreg import ablation
 from gridreg.errors import InputError, exit_status
 from gridreg.in_use import set_aside, set_list, skip_missing
 from gridreg.schema import (
@@ -74,6 +75,7 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     """The checked values of `params.yaml` as plain dicts and lists, defaults filled in."""
     params = read(path, YAML(typ="safe", pure=True))  # pure: YAML 1.2, where 1e-4 is a number
     validate(params, path, profile_names(path))
+    ablation.check(params, path)
 
     def fill(values: dict, rules: dict[str, Rule]) -> None:
         values.update({n: r.default for n, r in rules.items() if n not in values and r.default is not REQUIRED})
@@ -83,6 +85,7 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
     fill(params.setdefault("evaluate", {}), EVALUATE)
     fill(params.setdefault("benchmark", {}), BENCHMARK)
     fill(params.setdefault("false_correspondence", {}), FALSE_CORRESPONDENCE)
+    params.setdefault("ablation", {"use": []})
     for name, values in {**params["datasets"], **params.get("unused", {})}.items():
         fill(values, DATASET)
         values["title"] = values["title"] or name
@@ -215,6 +218,7 @@ def update(path: str | Path = "params.yaml", profile: str | None = None, check: 
         lines += state_defaults(params, path)
         lines += skip_missing(params, path)
         validate(params, path, known)
+    ablation.check(params, path)
     if list(leaves(params)) != before:  # else the text stays as it was written
         stream = io.StringIO()
         yaml.dump(params, stream)

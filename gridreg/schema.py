@@ -118,7 +118,8 @@ METHODS = {                                                       # a trained ru
         "gradient_step": default(number(0, above=True), 0.2),
         "flow_sigma": default(number(0), 3.0),                    # smoothing of each update, and of the whole field,
         "total_sigma": default(number(0), 0.0),                   # in voxels squared
-        "affine_stage": default(FLAG, True),
+        "affine_stage": default(by_dataset(FLAG), True),
+        "mask_margin": default(by_dataset(whole(0)), None),       # voxels around the labels that the metric looks at, too
     },
     "transmorph": {
         "embed": default(Rule("a multiple of 4", lambda v: whole(4).holds(v) and v % 4 == 0), 96),
@@ -191,7 +192,7 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
     """
     sections = {"use": USE, "datasets": None, "unused": None, "runs": None, "train": TRAIN, "evaluate": EVALUATE,
                 "benchmark": BENCHMARK, "false_correspondence": FALSE_CORRESPONDENCE}
-    check_section(params, TOP, str(source), others=sections)
+    check_section(params, TOP, str(source), others=[*sections, "ablation"])
     for section, rules in sections.items():
         where = f"{source}: {section}"
         if section in ("unused", "evaluate", "benchmark", "false_correspondence") and section not in params:
@@ -222,8 +223,8 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
         if values.get("fold_free") and values.get("upsampling") != "bspline":
             raise InputError(f"{where}: fold_free is true and upsampling {values.get('upsampling', 'trilinear')}; "
                              "expected bspline, for which the bound holds")
-        for tuned in TUNED:
-            for dataset in values[tuned] if isinstance(values.get(tuned), dict) else ():
+        for tuned, by_name in values.items():
+            for dataset in by_name if isinstance(by_name, dict) else ():
                 refuse_unknown(dataset, [*params["datasets"], *params.get("unused", {})], "dataset", f"{where}.{tuned}")
         if values["method"] not in UNTRAINED:
             budget = train_settings(params, name)
@@ -285,6 +286,12 @@ def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[s
             if settings[name] is not None:
                 settings[name] = max(1, round(settings[name] * params["datasets"][dataset]["budget"]))
     return settings
+
+
+def settings_for(run: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """A run whose settings by dataset are those for one; where it names others only, the method's default."""
+    rules = METHODS[run["method"]]
+    return {n: v.get(dataset, rules[n].default) if isinstance(v, dict) and n in rules else v for n, v in run.items()}
 
 
 def training_arguments(params: dict, dataset: str, run: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A training that was interrupted goes on where it stood and ends with the same we
 from (seed, step) alone, and the state is kept in a scratch folder named by a hash of data, settings and code.
 
     python -m gridreg.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
+    python -m gridreg.train ablation layers-4       one of its ablations
     python -m gridreg.train --number 7              the run of that number in --list, for a task of a job array
     (both leave a finished training in the scratch folder, where the pipeline finds it)
 """
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gridreg import losses, metrics, params
+from gridreg.ablation import named_arguments, trainings
 from gridreg.checkpoint import fingerprint, load_model, read_tensors, save_model, write_tensors, write_text
 from gridreg.dataset import Preprocessed
 from gridreg.devices import describe_device, keep_memory, launch, to_tensor
@@ -269,7 +271,7 @@ def train(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gridreg.train", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", nargs="?", help="a name under use.datasets in params.yaml")
+    parser.add_argument("dataset", nargs="?", help="a name under use.datasets in params.yaml, or ablation")
     parser.add_argument("run", nargs="?", help="a name under runs, of a method that is trained")
     parser.add_argument("--number", type=int, help="instead of both: a number of --list")
     parser.add_argument("--list", action="store_true", help="every training in use, with its number")
@@ -278,20 +280,18 @@ def main() -> int:
 
     def start() -> None:
         values = params.load()
-        trainings = [(d, r) for d in values["use"]["datasets"] for r in values["use"]["trained"]]
-        trained = [name for name, run in values["runs"].items() if run["method"] not in UNTRAINED]
+        every, trained = trainings(values), [n for n, run in values["runs"].items() if run["method"] not in UNTRAINED]
         if options.list:
-            print(*(f"{number} {dataset} {run}" for number, (dataset, run) in enumerate(trainings)), sep="\n")
+            print(*(f"{number} {dataset} {run}" for number, (dataset, run) in enumerate(every)), sep="\n")
             return
         number, asked = options.number, (options.dataset, options.run)
-        if number is not None and 0 <= number < len(trainings):
-            asked = trainings[number]
-        if asked[0] not in values["use"]["datasets"] or asked[1] not in trained:
+        if number is not None and 0 <= number < len(every):
+            asked = every[number]
+        if asked not in every and (asked[0] not in values["use"]["datasets"] or asked[1] not in trained):
             found = f"number {number}" if number is not None else " ".join(name or "nothing" for name in asked)
             raise InputError(f"params.yaml: no training is called {found}; expected one of python -m gridreg.train --list")
-        dataset, run = asked
-        data = Preprocessed(f"results/preprocess/{dataset}")
-        train(data, out=options.out, **params.training_arguments(values, dataset, run))
+        dataset, arguments = named_arguments(values, *asked)
+        train(Preprocessed(f"results/preprocess/{dataset}"), out=options.out, **arguments)
 
     return exit_status(start)
 

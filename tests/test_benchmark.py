@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from gridreg import benchmark, cost, memory, methods, network, style
-from gridreg.cost_report import cost_figure, label, left_out, read_benchmark, significant, to_markdown
+from gridreg.cost_report import cost_figure, label, left_out, significant, to_markdown
 from gridreg.errors import InputError
 from gridreg.grid import warp
 from gridreg.network import GridReg, Registration
+from gridreg.published import read_benchmark
 
 CPU = torch.device("cpu")
 SHAPES = [(20, 18, 17), (24, 20, 18)]

@@ -1,0 +1,114 @@
+"""What a run costs in its published size, which every cost in the tables is of, whatever a profile makes smaller.
+
+A small profile trains some peers with fewer features, so that they learn anything in its budget. Their parameters, memory
+and seconds would then be no news; those in the tables come from ``figures/benchmark.csv`` (``make benchmark``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from gridreg.grid import Shape
+from gridreg.schema import METHODS, REQUIRED, UNTRAINED
+
+# What a profile may make smaller; the published values are the defaults of the schema.
+SIZES = {"voxelmorph": ("width", "levels"), "transmorph": ("embed", "convolutions"),
+         "keymorph": ("keypoints", "width", "poolings")}  # fmt: skip
+FREE = ("grids", "samples", "drop_path", "tps_lambda")  # of training, or without influence on what a registration costs
+WORDS = {"width": "width", "levels": "levels", "embed": "embedding", "convolutions": "convolutions a level",
+         "keypoints": "keypoints", "poolings": "poolings"}  # fmt: skip
+
+
+def published(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The network of a run in its published size: method and settings, as ``methods.build`` takes them."""
+    method = run["method"]
+    rules = {name: rule for name, rule in METHODS.get(method, {}).items() if rule.default is not REQUIRED}
+    fixed = (*SIZES.get(method, ()), *FREE)
+    return {"method": method} | {n: r.default if n in fixed else run.get(n, r.default) for n, r in rules.items()}
+
+
+def cost_grid(run: Mapping[str, Any]) -> Shape | None:
+    """The grid at which a run is measured: its own, of several the third (10×10×10); None without control points."""
+    grids = run.get("grids")
+    return tuple(grids[len(grids) // 2]) if grids else None
+
+
+def variants(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The runs to measure beside every method's default network, one for each network and grid, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    seen = []
+    for name, run in runs.items():
+        one = (published(run), cost_grid(run))
+        if run["method"] not in UNTRAINED and not is_default(run) and one not in seen:
+            seen.append(one)
+            found[name] = dict(run)
+    return found
+
+
+def is_default(run: Mapping[str, Any]) -> bool:
+    """Whether the network is its method's default one, which the benchmark measures under the method's name."""
+    return published(run) == published({"method": run["method"]})
+
+
+def read_benchmark(path: Path | str) -> pd.DataFrame:
+    """``benchmark.csv`` as ``benchmark.measure`` returned it: no grid and no note are ""."""
+    return pd.read_csv(path).fillna({"grid": "", "note": ""})
+
+
+class Costs(NamedTuple):
+    """What each run costs: ``rows`` by run, with parameters, memory_mb and seconds (NaN: not measured)."""
+
+    rows: pd.DataFrame
+    shape: str  # of the images, "128x128x102"
+    device: str
+    threads: int
+
+    def in_words(self) -> str:
+        where = f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.shape.replace('x', '×')} voxels, {where}"
+
+    def of(self, run: str, name: str) -> float:
+        """One of parameters, memory_mb and seconds of a run; NaN where it was not measured."""
+        return float(self.rows.loc[run, name]) if run in self.rows.index else np.nan
+
+
+def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
+    """The costs of ``runs`` at the middle one of the benchmark's image sizes (of two the smaller).
+
+    frame  ``read_benchmark``'s; a network that it does not have, or could not measure, has NaN
+    """
+    sizes = sorted(set(frame["shape"]), key=lambda shape: np.prod([int(n) for n in shape.split("x")]))
+    shape = sizes[(len(sizes) - 1) // 2]
+    here = frame[frame["shape"] == shape]
+    registered, varied = (here[here["task"] == task] for task in ("register", "variant"))
+    names = variants(runs)
+    rows = {}
+    for name, run in runs.items():
+        grid = "x".join(map(str, cost_grid(run) or ()))
+        if is_default(run):
+            row = registered[(registered["method"] == run["method"]) & (registered["grid"] == grid)]
+        else:
+            same = next((n for n, r in names.items() if (published(r), cost_grid(r)) == (published(run), cost_grid(run))), name)
+            row = varied[varied["run"] == same]
+        if len(row):
+            rows[name] = row.iloc[0][["parameters", "memory_mb", "seconds"]].astype(float)
+    found = pd.DataFrame(rows, index=["parameters", "memory_mb", "seconds"]).T
+    return Costs(found, shape, str(frame["device"].iloc[0]), int(frame["threads"].iloc[0]))
+
+
+def reductions(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A phrase for every method that is smaller than published: ``voxelmorph: width 8, levels 4 (published 16, 5)``."""
+    said: list[tuple[str, str]] = []
+    for run in runs.values():
+        names = SIZES.get(run["method"], ())
+        own = [run.get(name, METHODS[run["method"]][name].default) for name in names]
+        full = [METHODS[run["method"]][name].default for name in names]
+        if own != full:
+            values = ", ".join(f"{WORDS[name]} {value}" for name, value in zip(names, own))
+            said.append((run["method"], f"{values} (published {', '.join(map(str, full))})"))
+    return [f"{method}: {words}" for method, words in dict.fromkeys(said)]

@@ -51,11 +51,31 @@ def ablations(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
     section, found = params.get("ablation", {}), {}
     for name in section.get("use", []):
         run = section["runs"][name]
-        differs = {key: value for key, value in run.items() if key not in OWN}
-        full = dict(section["base"][run["of"]]) | differs | {"steps": section.get("steps")}
-        rules = METHODS[full["method"]]
-        found[name] = {key: rule.default for key, rule in rules.items() if rule.default is not REQUIRED} | full
+        found[name] = _full(section, run["of"], {key: value for key, value in run.items() if key not in OWN})
     return found
+
+
+def _full(section: dict[str, Any], base: str, differs: dict[str, Any]) -> dict[str, Any]:
+    own = section["base"][base]
+    defaults = {key: rule.default for key, rule in METHODS[own["method"]].items() if rule.default is not REQUIRED}
+    return defaults | dict(own) | differs | {"steps": section.get("steps")}
+
+
+def find(params: dict[str, Any], base: str, **differs: Any) -> str | None:
+    """The name of the run that differs from its base in this alone, trained with the seed of all; None: not in use."""
+    section = params.get("ablation", {})
+    if base not in section.get("base", {}):
+        return None
+    wanted = _full(section, base, differs)
+    same = [name for name, run in ablations(params).items() if run == wanted and "seed" not in section["runs"][name]]
+    return same[0] if same else None
+
+
+def seeds(params: dict[str, Any]) -> list[str]:
+    """The default and the runs that differ from it in the seed alone; fewer than two: seeds are not varied."""
+    section, default = params.get("ablation", {}), find(params, "gridreg")
+    others = [name for name in section.get("use", []) if set(section["runs"][name]) == set(OWN)]
+    return [default, *others] if default else []
 
 
 def trainings(params: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Figures made of numbers: the adaptive model against separately trained grids (paper Figure 8), and training curves."""
+"""Figures made of numbers: bending weights and grid sizes (paper Figure 8), and training curves."""
 
 from __future__ import annotations
 
@@ -46,12 +46,18 @@ def grid_order(grids: pd.Series) -> list[str]:
     return sorted(set(grids), key=lambda grid: int(np.prod([int(n) for n in grid.split("x")])))
 
 
-def figure8(path: Path | str, cases: pd.DataFrame, indexes: Mapping[str, Mapping], note: str = "") -> Figure:
-    """Figure 8 (2, 3): Dice and distances against grid size, separately trained against adaptive, every dataset a column.
+def figure8(
+    path: Path | str, cases: pd.DataFrame, indexes: Mapping[str, Mapping], note: str = "",
+    bending: Mapping[float, pd.DataFrame] | None = None, bending_note: str = "",
+) -> Figure:  # fmt: skip
+    """Figure 8: (1) Dice and distances against bending weight; (2, 3) against grid size, separately trained and adaptive.
+
+    bending  bending weight → per-case results of the run trained with it, all of one dataset; None: (1) is left out
+    indexes  dataset → its ``index.json``
 
     Points are means over test pairs, bars the 95 % Student-t interval of the mean; p of a two-sided paired t-test stands
-    under every grid size where both were evaluated. The first dataset (the paper's Dataset 1) is drawn wider. ``indexes``
-    maps a dataset to its ``index.json``. Writes ``<path>.png`` and ``<path>.pdf``.
+    under every grid size where both were evaluated. Every dataset is a column of (2, 3), the first (the paper's Dataset 1)
+    drawn wider. Writes ``<path>.png`` and ``<path>.pdf``.
     """
     rows = grid_comparison(cases)
     datasets = in_order(rows["dataset"], PAPER_DATASETS)
@@ -61,10 +67,14 @@ def figure8(path: Path | str, cases: pd.DataFrame, indexes: Mapping[str, Mapping
     metrics = ["dice", "distance"] + (["tre_mm"] if rows["tre_mm"].notna().any() else [])
     widths = [1.5, *[1.0] * (len(datasets) - 1)]
     with styled():
-        figure, axes = plt.subplots(
-            len(metrics), len(datasets), figsize=(2.5 * sum(widths) + 0.4, 1.95 * len(metrics) + 1.1), squeeze=False,
-            sharex="col", layout="constrained", width_ratios=widths,
-        )  # fmt: skip
+        size = (2.5 * sum(widths) + 0.4, 1.95 * len(metrics) + 1.1)
+        above = 2.5 if bending else 0.0
+        figure = plt.figure(figsize=(size[0], size[1] + above), layout="constrained")
+        main = figure
+        if bending:
+            first, main = figure.subfigures(2, 1, height_ratios=[above, size[1]])
+            _bending_panels(first, bending, indexes)
+        axes = main.subplots(len(metrics), len(datasets), squeeze=False, sharex="col", width_ratios=widths)
         any_simulated = False
         for column, dataset in zip(axes.T, datasets):
             group = rows[rows["dataset"] == dataset]
@@ -80,12 +90,31 @@ def figure8(path: Path | str, cases: pd.DataFrame, indexes: Mapping[str, Mapping
             Line2D([], [], color=c, marker=m, mfc=fill, ls=ls, label=label) for c, m, fill, ls, label in _STYLES.values()
         ]
         handles.append(Line2D([], [], color="black", marker="o", mfc="none", ms=9, ls="", label="grid chosen on validation"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=1 if len(datasets) == 1 else 3)
+        main.legend(handles=handles, loc="outside upper center", ncols=1 if len(datasets) == 1 else 3)
         origin = "Simulated cohorts, not patients. " if any_simulated else ""
         add_caption(figure, f"{origin}Mean and 95 % interval over test pairs; p: two-sided paired t-test, adaptive against "
-                            f"separate ({FIGURE8_TEXT}). {note}".strip())  # fmt: skip
+                            f"separate ({FIGURE8_TEXT}). {note} {bending_note}".strip())  # fmt: skip
         save_figure(figure, path)
     return figure
+
+
+def _bending_panels(figure, bending: Mapping[float, pd.DataFrame], indexes: Mapping[str, Mapping]) -> None:
+    """(1): one panel a metric, the bending weight on a logarithmic axis."""
+    rows = pd.concat([part.assign(weight=weight) for weight, part in bending.items()])
+    dataset = rows["dataset"].iloc[0]
+    metrics = ["dice", _distance(rows)] + (["tre_mm"] if rows["tre_mm"].notna().any() else [])
+    figure.suptitle(dataset_label(dataset, bool(indexes[dataset]["simulated"])), fontsize=8, x=0.01, ha="left")
+    for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
+        values = [rows.loc[rows["weight"] == weight, metric].to_numpy(float) for weight in bending]
+        means = np.array([np.nanmean(value) for value in values])
+        bars = np.nan_to_num(np.abs(np.array([interval(value) for value in values]) - means[:, None]).T)
+        ax.errorbar(list(bending), means, bars, color=colour(REFERENCE), marker="o", capsize=2, elinewidth=0.9, zorder=3)
+        ax.set(xscale="log", xlabel="weight of the bending energy", ylabel=_axis_label(metric))
+        ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)
+        arrow = "↑" if METRICS[metric].better == "higher" else "↓"
+        ax.text(1, 1.02, f"{arrow} better", transform=ax.transAxes, ha="right", va="bottom", fontsize=5.8, color="#555555")
+        if metric == "dice":
+            ax.text(-0.02, 1.04, "(1)", transform=ax.transAxes, ha="right", va="bottom", fontweight="bold")
 
 
 def _distance(group: pd.DataFrame) -> str:

@@ -10,9 +10,17 @@ import numpy as np
 import pandas as pd
 
 from gridreg.dataset import Preprocessed
+from gridreg.results import REFERENCE, in_order
 from gridreg.volumes import read_displacement
 
+OWN = "gridreg"  # the method of which one run is pictured
 SCORES = ("dice", "tre_mm", "landmark_mm")
+
+
+def pictured_runs(cases: pd.DataFrame) -> list[str]:
+    """The runs of Figures 5 and 6, as in the paper: every other method, and GridReg's main run."""
+    methods = cases.groupby("run")["method"].first()
+    return in_order(run for run, method in methods.items() if run == REFERENCE or method not in (OWN, "identity"))
 
 
 def pictured_cases(data: Preprocessed, folder: Path | str, runs: list[str], cases: pd.DataFrame) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from gridreg.errors import InputError
 from gridreg.results import METRICS, run_label
-from gridreg.style import FIXED_COLOUR, WARPED_COLOUR, add_caption, save_figure, styled
+from gridreg.style import FIXED_COLOUR, IMAGE, WARPED_COLOUR, add_caption, save_figure, styled
 
 # name → (axis cut, axis across, axis up, letters at left, right, top, bottom); the axis across runs leftwards in all
 VIEWS = {
@@ -50,16 +51,18 @@ def show_slice(
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     limits: tuple[float, float] = (0.0, 1.0),
     letters: bool = True,
-) -> None:
+    cmap: str = IMAGE,
+) -> AxesImage:
     """Draw one slice of ``volume`` (W, H, D) in voxel coordinates, with the aspect of its voxels and orientation letters."""
     plane = slice_of(volume, view, index)
-    ax.imshow(plane, origin="lower", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    drawn = ax.imshow(plane, origin="lower", vmin=limits[0], vmax=limits[1], interpolation="nearest", cmap=cmap)
     _frame(ax, volume.shape, view, spacing_mm)
     if letters:
         for name, (x, y) in zip(VIEWS[view][3], [(0.04, 0.5), (0.96, 0.5), (0.5, 0.96), (0.5, 0.04)]):
             ha = "left" if x < 0.1 else "right" if x > 0.9 else "center"
             va = "bottom" if y < 0.1 else "top" if y > 0.9 else "center"
             ax.text(x, y, name, transform=ax.transAxes, ha=ha, va=va, fontsize=5.5, color="white", alpha=0.85)
+    return drawn
 
 
 def _frame(ax: Axes, shape: Sequence[int], view: str, spacing_mm: Sequence[float]) -> None:

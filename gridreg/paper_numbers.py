@@ -31,7 +31,7 @@ class Printed(NamedTuple):
         return f"{number.format(self.mean)}{spread}{self.mark}"
 
 
-_FORMATS = {"folding_percent": "{:g}", "peak_mb": "{:.0f}", "parameters": "{:,.0f}"}  # all others: two decimals
+_FORMATS = {"folding_percent": "{:g}", "peak_mb": "{:.0f}", "memory_mb": "{:.0f}", "parameters": "{:,.0f}"}  # all others: two decimals
 _ROW = "alignment of this row with its columns is uncertain in the text we have"
 _BOLD = "bold in the paper, lost from the table; value taken from the running text or another table"
 _TABLE4 = "from Table 4, which counts determinants below 0"
@@ -45,6 +45,7 @@ PAPER_COLUMN = {
     "transmorph": "transmorph",
     "keymorph": "keymorph",
     "gridreg-adaptive": "gridreg",
+    "gridreg-bayesian": "gridreg-bayesian",  # in Table 4 alone
 }
 
 PAPER_COLUMN_LABELS = {
@@ -54,6 +55,7 @@ PAPER_COLUMN_LABELS = {
     "transmorph": "TransMorph",
     "keymorph": "KeyMorph",
     "gridreg": "GridReg",
+    "gridreg-bayesian": "GridReg with the Bayesian head",
 }
 
 # The paper's Datasets 1, 2 and 3 by the names used here.
@@ -215,10 +217,13 @@ FIGURE8_TEXT = "paper, Dataset 1: p > 0.205 at every grid but Dice at grid 5 (ad
 def facing(dataset: str, metric: str, run: str) -> Printed | None:
     """The paper's value that faces our cell (``dataset`` "" for rows over all datasets), or None where none can be read.
 
-    Only the three datasets of the paper have one; of our GridReg runs only the adaptive one does.
+    Only the three datasets of the paper have one; of our GridReg runs only the adaptive and the Bayesian one do. The memory
+    of all datasets is that of Dataset 1, whose images have the size that the benchmark measures.
     """
     column = PAPER_COLUMN.get(run)
     if column is None:
         return None
+    if metric == "memory_mb":
+        dataset, metric = "prostate", "peak_mb"
     rows = TABLE4_FOLDING.get(dataset, {}) if metric == "folding_percent" else TABLE1.get((dataset, metric), {})
     return rows.get(column)

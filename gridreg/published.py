@@ -61,7 +61,10 @@ def read_benchmark(path: Path | str) -> pd.DataFrame:
 
 
 class Costs(NamedTuple):
-    """What each run costs: ``rows`` by run, with parameters, memory_mb and seconds (NaN: not measured)."""
+    """What each run costs: ``rows`` by run, with parameters, memory_mb and seconds (NaN: not measured).
+
+    memory_mb  on a CPU the growth of the process beyond weights and images, on a GPU all that was allocated
+    """
 
     rows: pd.DataFrame
     shape: str  # of the images, "128x128x102"
@@ -96,8 +99,10 @@ def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
             same = next((n for n, r in names.items() if (published(r), cost_grid(r)) == (published(run), cost_grid(run))), name)
             row = varied[varied["run"] == same]
         if len(row):
-            rows[name] = row.iloc[0][["parameters", "memory_mb", "seconds"]].astype(float)
-    found = pd.DataFrame(rows, index=["parameters", "memory_mb", "seconds"]).T
+            row = row.iloc[0]
+            memory = row["peak_mb"] if str(row["device"]).startswith("cuda") else row["memory_mb"]
+            rows[name] = {"parameters": row["parameters"], "memory_mb": memory, "seconds": row["seconds"]}
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=["parameters", "memory_mb", "seconds"], dtype=float)
     return Costs(found, shape, str(frame["device"].iloc[0]), int(frame["threads"].iloc[0]))
 
 

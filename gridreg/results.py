@@ -45,8 +45,9 @@ METRICS: dict[str, Metric] = {
     "tre_boundary_mm": Metric("True TRE, boundary", "mm", "lower", "{:.2f}"),
     "folding_percent": Metric("Folding", "%", "lower", "{:.2f}", trivial_for_identity=True),
     "nondiffeomorphic_percent": Metric("Non-diffeomorphic volume", "%", "lower", "{:.2f}", trivial_for_identity=True),
+    "logdet_mean": Metric("Mean log det J", "", "lower", "{:.3f}", tested=False),
     "logdet_std": Metric("SD of log det J", "", "lower", "{:.3f}", trivial_for_identity=True),
-    "peak_mb": Metric("GPU memory", "MB", "lower", "{:.0f}", tested=False),
+    "memory_mb": Metric("Memory", "MB", "lower", "{:.0f}", tested=False),
     "parameters": Metric("Parameters", "", "lower", "{:,.0f}", tested=False),
     "seconds": Metric("Time per case", "s", "lower", "{:.3f}", tested=False),
 }
@@ -64,6 +65,7 @@ RUN_LABELS = {
     "gridreg-10": "GridReg-10",
     "gridreg-15": "GridReg-15",
     "gridreg-adaptive": "GridReg (adaptive)",
+    "gridreg-bayesian": "GridReg (Bayesian)",
 }
 
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
@@ -169,6 +171,14 @@ def read_results(
     runs = list(runs)
     files = [Path(folder) / dataset / run / "cases.csv" for dataset in datasets for run in runs]
     return read_cases(files), read_costs(file.with_name("metrics.json") for file in files)
+
+
+def read_ablations(folder: Path | str, names: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The same of the ablations, in ``<folder>/ablation/<name>/``; two frames without rows where there are none."""
+    names = list(names)
+    if names:
+        return read_results(folder, ["ablation"], names)
+    return pd.DataFrame(columns=[*_TEXT, "chosen", *_NUMBERS]), read_costs([])
 
 
 def chosen_rows(cases: pd.DataFrame) -> pd.DataFrame:

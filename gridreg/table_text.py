@@ -1,6 +1,6 @@
 """How a table reads: the same lines as Markdown and as LaTeX, and the tidy numbers as CSV.
 
-Every metric takes up to three lines: our values, the q-values, and the paper's values.
+Every metric (in a listing, every configuration) takes up to three lines: our values, the q- or p-values, the paper's values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gridreg.tables import ALL, SKIPPED, Table
 class Line(NamedTuple):
     """One printed row; ``cells`` of (text, bold), one per method, or empty for a heading across the table."""
 
-    kind: Literal["heading", "grid", "value", "q", "paper", "skipped"]
+    kind: Literal["heading", "grid", "value", "q", "p", "paper", "skipped"]
     label: str
     cells: list[tuple[str, bool]]
 
@@ -48,6 +48,28 @@ def lines(rows: pd.DataFrame) -> tuple[list[str], list[Line]]:
     return [run_label(method) for method in methods], out
 
 
+def listing_lines(rows: pd.DataFrame) -> tuple[list[str], list[Line]]:
+    """The same of a listing: a column a metric, and for every configuration our values, p and the paper's values."""
+    metrics = [name for name in METRICS if name in set(rows["metric"])]
+    out: list[Line] = []
+    for group, part in rows.groupby("group", sort=False):
+        if group:
+            out.append(Line("heading", group, []))
+        for label, own in part.groupby("label", sort=False):
+            by_metric = {row.metric: row for row in own.itertuples()}
+            cells = [by_metric.get(metric) for metric in metrics]
+            out.append(Line("value", label, [_value(cell, metric) for cell, metric in zip(cells, metrics)]))
+            if own["p"].notna().any():
+                out.append(Line("p", "p", [(_small(cell.p) if cell else "", False) for cell in cells]))
+            if (own["paper"] != "").any():
+                out.append(Line("paper", "paper", [(cell.paper if cell else "", False) for cell in cells]))
+    return [METRICS[metric].title for metric in metrics], out
+
+
+def _printed(table: Table) -> tuple[list[str], list[Line]]:
+    return listing_lines(table.rows) if table.listing else lines(table.rows)
+
+
 def _value(cell, metric: str) -> tuple[str, bool]:
     if cell is None:
         return "–", False
@@ -61,20 +83,22 @@ def _value(cell, metric: str) -> tuple[str, bool]:
 
 
 def _q(cell) -> str:
-    if cell is None or not np.isfinite(cell.q):
-        return ""
-    return "<0.001" if cell.q < 0.001 else f"{cell.q:.3f}"
+    return "" if cell is None else _small(cell.q)
+
+
+def _small(p: float) -> str:
+    return "" if not np.isfinite(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def to_markdown(table: Table) -> str:
     """GitHub-flavoured Markdown: a pipe table and the notes as a list."""
-    heads, body = lines(table.rows)
+    heads, body = _printed(table)
     number = table.name.removeprefix("table")
     text = [f"**Table {number}.** {_md(table.title)}", ""]
     text += ["| | " + " | ".join(map(_md, heads)) + " |", "|---" * (len(heads) + 1) + "|"]
     for line in body:
         cells = [f"**{_md(value)}**" if bold else _md(value) for value, bold in line.cells]
-        label = f"&emsp;{line.label}" if line.kind in ("q", "paper") else _md(line.label)
+        label = f"&emsp;{line.label}" if line.kind in ("q", "p", "paper") else _md(line.label)
         if line.kind in ("heading", "skipped"):
             label, cells = f"**{label}**", [""] * len(heads)
         text.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -100,7 +124,7 @@ def latex_escape(text: str) -> str:
 
 def to_latex(table: Table) -> str:
     """A ``table*`` with booktabs rules, no wider than the text, at the top of whose file its packages are named."""
-    heads, body = lines(table.rows)
+    heads, body = _printed(table)
     width = len(heads) + 1
     text = [
         r"% needs \usepackage{booktabs,graphicx,xcolor} and UTF-8 input",
@@ -116,7 +140,7 @@ def to_latex(table: Table) -> str:
         cells = [latex_escape(value) for value, _ in line.cells]
         if line.kind in ("heading", "skipped"):
             text += [r"\midrule", rf"\multicolumn{{{width}}}{{@{{}}l}}{{\textbf{{{latex_escape(line.label)}}}}} \\"]
-        elif line.kind in ("q", "paper"):
+        elif line.kind in ("q", "p", "paper"):
             small = [rf"{{\small\color{{black!65}}{cell}}}" if cell else "" for cell in cells]
             text.append(" & ".join([rf"\quad{{\small\color{{black!65}}{line.label}}}", *small]) + r" \\")
         else:

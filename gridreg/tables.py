@@ -15,6 +15,7 @@ import pandas as pd
 from gridreg.errors import InputError
 from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing
 from gridreg.regions import THICKNESS_MM
+from gridreg.published import Costs, reductions
 from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, run_label
 from gridreg.stats import Test, compare, summarise
 
@@ -23,6 +24,11 @@ COLUMNS = ["dataset", "dataset_label", "simulated", "metric", "unit", "method", 
 ALL = "all"  # the rows that are not of one dataset
 SKIPPED = "skipped"  # metric of the one row that stands for a dataset without results
 FDR = 0.05
+SIMULATED = (
+    "Datasets marked (simulated) are simulated cohorts, not patients; the paper's values come from other, real "
+    "cohorts and stand beside ours for orientation, not as a target."
+)
+PAPER_MARKS = "Paper: * bold there and lost from the table we have, taken from its text; ? uncertain (the CSV says why)"
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Setting:
 
     profile: str  # smoke, demo or paper
     budgets: dict[str, dict[str, tuple[int, int]]]  # dataset → run → (steps, batch)
-    voxelmorph: str  # its size, in words
+    sizes: str  # of the methods that are smaller than published, in words; "" if none is
     refine_steps: int = 0  # of instance refinement
 
 
@@ -40,23 +46,22 @@ def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
     budgets: dict[str, dict[str, tuple[int, int]]] = {}
     for row in costs.dropna(subset=["steps"]).itertuples():
         budgets.setdefault(row.dataset, {})[row.run] = (int(row.steps), int(row.batch))
-    sizes = sorted({(run["width"], run["levels"]) for run in params["runs"].values() if run["method"] == "voxelmorph"})
-    words = [
-        f"{w} features at {n} levels" + (" (the package's own)" if (w, n) == (16, 5) else " (its own: 16 at 5)")
-        for w, n in sizes
-    ]
-    package = f"official package, {', '.join(words)}, tuned on validation in a few trials (README)" if words else "not run"
-    return Setting(params["profile"], budgets, package, params.get("evaluate", {}).get("refine_steps", 0))
+    used = {name: params["runs"][name] for name in params["use"]["trained"]}
+    return Setting(params["profile"], budgets, "; ".join(reductions(used)), params.get("evaluate", {}).get("refine_steps", 0))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: ``rows`` is tidy (COLUMNS); ``title`` and ``notes`` are plain sentences."""
+    """A table of the paper: ``rows`` is tidy; ``title`` and ``notes`` are plain sentences.
+
+    A column is a method and a row a metric (COLUMNS); in a listing a column is a metric, and a row a configuration.
+    """
 
     name: str
     title: str
     rows: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    listing: bool = False
 
 
 def dataset_label(dataset: str, simulated: bool) -> str:
@@ -68,7 +73,7 @@ def dataset_label(dataset: str, simulated: bool) -> str:
 
 def table1(
     cases: pd.DataFrame,
-    costs: pd.DataFrame,
+    costs: Costs,
     skipped: dict[str, str],
     indexes: dict[str, dict[str, Any]],
     setting: Setting,
@@ -76,7 +81,7 @@ def table1(
 ) -> Table:
     """Table 1 of the paper on our own cases.
 
-    ``cases`` and ``costs`` as from ``gridreg.results``; ``skipped`` maps a dataset without results to the reason;
+    ``cases`` as from ``gridreg.results``, ``costs`` as from ``gridreg.published``; ``skipped`` maps a dataset without results to the reason;
     ``indexes`` maps every dataset of ``cases`` to its preprocessed ``index.json`` (for "simulated").
     """
     datasets = in_order(cases["dataset"], PAPER_DATASETS)
@@ -86,7 +91,7 @@ def table1(
     summary = summarise(cases)
     keys = ["dataset", "metric", "run"]
     tests = compare(cases, test=test)[[*keys, "p", "q", "test"]]
-    rows = [summary.merge(tests, on=keys, how="left"), _memory(cases, costs), _overall(cases, costs)]
+    rows = [summary.merge(tests, on=keys, how="left"), _costs(cases, costs)]
     tidy = pd.concat([part for part in rows if len(part)], ignore_index=True)
     tidy = _complete(tidy, datasets, indexes)
     missing = [
@@ -99,30 +104,11 @@ def table1(
     return Table("table1", _title(datasets, indexes), tidy, _notes(tidy, cases, costs, indexes, skipped, setting, test))
 
 
-def _memory(cases: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Peak GPU memory (the maximum over cases) of every run; NaN where the run was not evaluated on a GPU."""
-    rows = []
-    on_gpu = {(row.dataset, row.run) for row in costs.itertuples() if row.device.split()[:1] == ["cuda"]}
-    for (dataset, run), group in chosen_rows(cases).groupby(["dataset", "run"], sort=False):
-        peak = group["peak_mb"].max() if (dataset, run) in on_gpu else np.nan
-        rows.append({"dataset": dataset, "metric": "peak_mb", "run": run, "mean": peak, "n": len(group)})
-    return pd.DataFrame(rows)
-
-
-def _overall(cases: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Parameters, and seconds per case over the datasets that every run was evaluated on; not for the identity."""
-    chosen = chosen_rows(cases)
-    runs = in_order(set(chosen["run"]) - {"identity"})
-    shared = [name for name, group in chosen.groupby("dataset") if set(runs) <= set(group["run"])]
-    rows = []
-    for run in runs:
-        counts = costs.loc[costs["run"] == run, "parameters"].dropna().unique()
-        if len(counts) > 1:
-            raise InputError(f"metrics.json of run {run}: parameters {sorted(counts)}, expected one number for all datasets")
-        rows.append({"metric": "parameters", "run": run, "mean": counts[0] if len(counts) else np.nan})
-        seconds = chosen.loc[(chosen["run"] == run) & chosen["dataset"].isin(shared), "seconds"].dropna()
-        rows.append({"metric": "seconds", "run": run, "mean": seconds.mean(), "sd": seconds.std(), "n": len(seconds)})
-    return pd.DataFrame(rows).assign(dataset=ALL)
+def _costs(cases: pd.DataFrame, costs: Costs) -> pd.DataFrame:
+    """Memory, parameters and seconds of every run in its published size; not for the identity."""
+    runs = in_order(set(cases["run"]) - {"identity"})
+    rows = [{"metric": name, "run": run, "mean": costs.of(run, name)} for name in costs.rows.columns for run in runs]
+    return pd.DataFrame(rows).assign(dataset=ALL, n=np.nan)
 
 
 def _complete(tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -141,7 +127,7 @@ def _complete(tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[s
     tidy["paper_note"] = [value.note if value else "" for value in printed]
     tidy["best"] = False
     for (_, metric), group in tidy.groupby(["dataset", "metric"]):
-        tidy.loc[_best(group, metric), "best"] = True
+        tidy.loc[best_of(group, metric), "best"] = True
     orders = {
         "dataset": {name: place for place, name in enumerate([*datasets, ALL])},
         "metric": {name: place for place, name in enumerate(METRICS)},
@@ -150,7 +136,7 @@ def _complete(tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[s
     return tidy.sort_values(list(orders), key=lambda column: column.map(orders[column.name]), ignore_index=True)
 
 
-def _best(group: pd.DataFrame, metric: str) -> pd.Index:
+def best_of(group: pd.DataFrame, metric: str) -> pd.Index:
     """Rows with the best mean among registration methods. Equal as printed is equal; fewer failed cases come first."""
     able = group[(group["method"] != "identity") & np.isfinite(group["mean"])]
     able = able[able["failures"] == able["failures"].min()]
@@ -167,7 +153,7 @@ def _title(datasets: list[str], indexes: dict[str, dict[str, Any]]) -> str:
 def _notes(
     tidy: pd.DataFrame,
     cases: pd.DataFrame,
-    costs: pd.DataFrame,
+    costs: Costs,
     indexes: dict[str, dict[str, Any]],
     skipped: dict[str, str],
     setting: Setting,
@@ -175,11 +161,8 @@ def _notes(
 ) -> list[str]:
     notes = []
     if any(index["simulated"] for name, index in indexes.items() if name in set(cases["dataset"])):
-        notes.append(
-            "Datasets marked (simulated) are simulated cohorts, not patients; the paper's values come from other, real "
-            "cohorts and stand beside ours for orientation, not as a target."
-        )
-    notes.append(f"Profile {setting.profile}. {budgets_in_words(setting)} VoxelMorph: {setting.voxelmorph}.")
+        notes.append(SIMULATED)
+    notes.append(f"Profile {setting.profile}. {budgets_in_words(setting)} {sizes_in_words(setting)}".strip())
     if setting.refine_steps:
         notes.append(f"GridReg is refined on every test pair by {setting.refine_steps} steps of optimisation without labels.")
     pairs = chosen_rows(cases)[["dataset", "fixed", "moving"]].drop_duplicates().groupby("dataset").size()
@@ -211,11 +194,7 @@ def _notes(
     if len(lost):
         counts = ", ".join(f"{run_label(run)} {lost[run]:.0f}" for run in in_order(lost.index))
         notes.append(f"Labels that vanished under the warp, their Dice 0 and no part of the mask distance: {counts}.")
-    memory = tidy[(tidy["metric"] == "peak_mb") & (tidy["method"] != "identity")]
-    if memory["mean"].isna().any():
-        notes.append("GPU memory –: not measured, because this run was not evaluated on a GPU.")
-    devices = sorted(set(costs.loc[costs["run"] != "identity", "device"]))
-    notes.append(f"Time per case measured on: {'; '.join(devices) or 'unknown device'}; the paper's on one 32 GB GPU.")
+    notes.append(cost_note(costs) + " ANTs SyN works in a process of its own, on one thread; its memory is not measured.")
     absent = [PAPER_COLUMN_LABELS[column] for run, column in PAPER_COLUMN.items() if run not in set(cases["run"])]
     if absent:
         notes.append(f"In the paper but not run here: {', '.join(absent)}.")
@@ -226,6 +205,20 @@ def _notes(
     )
     notes += [f"Dataset {name} was skipped: {reason}" for name, reason in sorted(skipped.items())]
     return notes
+
+
+def sizes_in_words(setting: Setting) -> str:
+    """A sentence on the methods that are smaller than published; "" if none is."""
+    return f"Smaller than published, for this profile: {setting.sizes}." if setting.sizes else ""
+
+
+def cost_note(costs: Costs) -> str:
+    """What the costs are of."""
+    return (
+        "Memory (at the peak of a registration, beyond weights and images), parameters and time are of every method in its "
+        f"published size, measured on {costs.in_words()} (figures/benchmark.md); –: not measured. The paper's were measured "
+        "on one 32 GB GPU, its memory on Dataset 1."
+    )
 
 
 def budgets_in_words(setting: Setting) -> str:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # Messages, names and pictures: an edit here changes no number, and should recompute none.
-NO_DEPENDENCY = {"__init__", "errors", "params", "schema", "in_use", "panels", "panels_truth", "style"}
+NO_DEPENDENCY = {"__init__", "ablation", "errors", "params", "schema", "in_use", "panels", "panels_truth", "style"}
 
 
 def body(name: str) -> dict:
@@ -92,22 +92,26 @@ def test_a_stage_lists_the_notebook_and_the_modules_it_uses(name):
 # Imported on the way, but nothing of them reaches what the stage writes.
 # ANTs SyN is not trained: what it alone imports belongs to evaluate_untrained.
 SYN = {"syn", "pairwise", "preprocess", "align", "learn2reg", "resample", "splits", "results"}
-DRAWING = {"calibration", "figures", "paper_numbers", "regions", "results", "stats", "tables"}  # of panels_truth
+DRAWING = {"calibration", "figures", "paper_numbers", "published", "regions", "results", "stats", "tables"}  # of panels_truth
 OPTIONAL = {
     "false_correspondence": {"fold_free", "network", *DRAWING},
     "approximation": {"fold_free", "grid", "keymorph", "methods", "network", "transmorph", "truth", "volumes", *DRAWING, *SYN},
     "train": {"volumes", "truth", *SYN},
     "evaluate": SYN,
+    "ablate": SYN,
+    "uncertainty": {"keymorph", "losses", "metrics", "refine", "transmorph", *DRAWING, *SYN},
+    "report": {"checkpoint", "fold_free", "grid", "interpolation", "keymorph", "methods", "network", "regions", "transmorph",
+               "truth", "volumes", *SYN},
     "evaluate_untrained": {"keymorph", "transmorph", *SYN},
     "preprocess": {"dataset", "results", "truth"},
-    "tables": {"dataset", "volumes", "truth", "learn2reg"},
+    "tables": {"dataset", "grid", "volumes", "truth", "learn2reg"},
     "figures": {"truth"},
     "benchmark": {"align", "checkpoint", "cost_report", "dataset", "devices", "fold_free", "learn2reg", "metrics",
                   "preprocess", "resample", "results", "splits", "truth", "volumes"},
 }
 
 
-UNCACHED = ("tables", "figures", "false_correspondence", "approximation", "benchmark")  # what git keeps; cheap
+UNCACHED = ("tables", "figures", "false_correspondence", "approximation", "uncertainty", "report", "benchmark")  # what git keeps; cheap
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -137,6 +141,7 @@ def test_the_whole_pipeline_runs_in_the_smoke_profile_and_leaves_the_tree_alone(
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     listed = done.stdout.split("tables and figures, after")[-1]
     print("tables and figures, after" + listed)
-    for name in ("table1.csv", "table1.md", "table1.tex", "figure5.pdf", "figure6.pdf", "figure8.pdf", "figure8.png"):
+    for name in [*(f"table{n}.{suffix}" for n in range(1, 5) for suffix in ("csv", "md", "tex")),
+                 *(f"figure{n}.{suffix}" for n in range(1, 9) for suffix in ("pdf", "png")), "report.html"]:  # fmt: skip
         assert name in listed
     assert state() == before

@@ -1,0 +1,184 @@
+"""Tables 2 to 4 as data: one row a configuration, each faced by the paper's values (paper, Sections 5.2 to 5.4).
+
+    table2    encoder layers, KeyMorph's and GridReg's
+    table3    grid, width, upsampling, projector and Bayesian head of GridReg
+    table4    regularity of the deformations
+
+Tables 2 and 3 compare the ablations of ``params.yaml`` with each other: their budget is shorter than that of Table 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gridreg.ablation import find, seeds
+from gridreg.paper_numbers import PAPER_DATASETS, TABLE2, TABLE3, Printed, facing
+from gridreg.published import Costs, reductions
+from gridreg.results import METRICS, chosen_rows, in_order, run_label
+from gridreg.stats import matched, summarise, two_sided
+from gridreg.tables import PAPER_MARKS, SIMULATED, Setting, Table, best_of, budgets_in_words, cost_note, dataset_label, sizes_in_words
+
+COLUMNS = ["group", "label", "run", "metric", "unit", "mean", "sd", "n", "failures", "p", "paper", "paper_note", "best"]
+MEASURED = ("dice", "landmark_mm", "tre_mm")
+COSTS = ("memory_mb", "parameters")
+REGULARITY = ("logdet_mean", "logdet_std", "folding_percent", "nondiffeomorphic_percent")
+NOT_RANKED = ("logdet_mean",)  # neither high nor low is good
+KEYMORPH, GRIDREG = "keymorph", "gridreg"
+FULL_DEPTH = {KEYMORPH: 9, GRIDREG: 5}  # the default number of layers, with which the others are compared
+TABLE4_RUNS = ("gridreg-bayesian", "gridreg-adaptive", "keymorph", "voxelmorph", "transmorph", "ants-syn")
+
+
+def layer_runs(params: Mapping[str, Any], method: str) -> dict[int, str | None]:
+    """Encoder layers → the ablation that has them and is the default otherwise (None: not run)."""
+    name = {KEYMORPH: "layers", GRIDREG: "num_layers"}[method]
+    return {layers: find(params, method, **{name: layers}) for layers in TABLE2[method]}
+
+
+def configurations(params: Mapping[str, Any]) -> dict[int, str | None]:
+    """Number of a configuration of Table 3 → the ablation that is it (None: not run)."""
+    return {
+        number: find(params, GRIDREG, grids=[[one.grid] * 3], base_channels=one.base_channels, upsampling=one.upsampling,
+                     projector=one.projector, bayesian=one.bayesian)
+        for number, one in TABLE3.items()
+    }  # fmt: skip
+
+
+def bending_runs(params: Mapping[str, Any]) -> dict[float, str]:
+    """Factor of the bending weight → the ablation that has it and is the default otherwise, in rising order (Figure 8 (1))."""
+    factors = {run.get("bending", 1.0) for run in params.get("ablation", {}).get("runs", {}).values()}
+    names = {factor: find(params, GRIDREG, **({} if factor == 1 else {"bending": factor})) for factor in sorted(factors)}
+    return {factor: name for factor, name in names.items() if name}
+
+
+# --- the tables --------------------------------------------------------------------------------------------------
+
+
+def table2(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Mapping[str, Any], index: Mapping[str, Any]) -> Table:
+    """Encoder layers against accuracy and memory.
+
+    cases, budgets  of the ablations, as from ``gridreg.results``; empty where none was run
+    costs           ``published.costs`` of them
+    index           ``index.json`` of their dataset
+    """
+    rows = []
+    for method in (KEYMORPH, GRIDREG):
+        runs = layer_runs(params, method)
+        reference = runs[FULL_DEPTH[method]]
+        for layers, run in runs.items():
+            paper = dict(zip(("dice", "landmark_mm", "memory_mb"), TABLE2[method][layers]))
+            label = f"{layers} layers" + (" (default)" if layers == FULL_DEPTH[method] else "")
+            rows += _row(run_label(method) if method == KEYMORPH else "GridReg", label, run, reference, cases, costs, paper)
+    title = f"Encoder layers: test pairs of {_named(params, index)}, the paper's values below ours."
+    defaults = "9 layers for KeyMorph, 5 for GridReg"
+    return Table("table2", title, _finish(rows), _notes(params, budgets, costs, index, defaults), listing=True)
+
+
+def table3(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Mapping[str, Any], index: Mapping[str, Any]) -> Table:
+    """GridReg's configurations; arguments as of ``table2``."""
+    runs, rows = configurations(params), []
+    for number, one in TABLE3.items():
+        paper = dict(zip(("dice", "landmark_mm", "memory_mb"), (one.dice, one.landmark_mm, one.peak_mb)))
+        words = [f"{one.grid}×{one.grid}×{one.grid}", f"C = {one.base_channels}", one.upsampling]
+        words += ["no projector"] * (not one.projector) + ["Bayesian"] * one.bayesian + ["(default)"] * (number == 4)
+        rows += _row("", f"{number}: {', '.join(words)}".replace(", (", " ("), runs[number], runs[4], cases, costs, paper)
+    title = f"Configurations of GridReg: test pairs of {_named(params, index)}, the paper's values below ours."
+    notes = _notes(params, budgets, costs, index, "configuration 4")
+    return Table("table3", title, _finish(rows), notes + _spread(cases, params), listing=True)
+
+
+def table4(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]], setting: Setting) -> Table:
+    """Regularity of the deformations of every method; ``cases`` of the runs of Table 1."""
+    rows = []
+    for dataset in in_order(cases["dataset"], PAPER_DATASETS):
+        own = cases[cases["dataset"] == dataset]
+        group = dataset_label(dataset, bool(indexes[dataset]["simulated"]))
+        for run in (run for run in TABLE4_RUNS if run in set(own["run"])):
+            paper = {"folding_percent": facing(dataset, "folding_percent", run)}
+            rows += _row(group, run_label(run), run, None, own, None, paper, REGULARITY)
+    notes = [SIMULATED] if any(index["simulated"] for index in indexes.values()) else []
+    notes += [
+        f"Profile {setting.profile}. {budgets_in_words(setting)} {sizes_in_words(setting)}".strip(),
+        "Mean ± SD over test pairs; bold: best of a column within a dataset, equal as printed being equal. Mean and SD of "
+        "log det J are taken within the fixed mask, folding (voxels with det J ≤ 0; the paper counts < 0) and "
+        "non-diffeomorphic volume in the whole image.",
+        "The paper's mean and SD of log det J cannot be read; its Dataset 2 and ANTs SyN are not in its Table 4.",
+    ]
+    return Table("table4", "Regularity of the deformations, the paper's folding below ours.", _finish(rows), notes, listing=True)
+
+
+# --- their parts -------------------------------------------------------------------------------------------------
+
+
+def _row(
+    group: str, label: str, run: str | None, reference: str | None, cases: pd.DataFrame, costs: Costs | None,
+    paper: Mapping[str, Printed | None], metrics: tuple[str, ...] = MEASURED,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One tidy row for every metric of a configuration; p against ``reference``, if it is another run that was made."""
+    there = set(cases["run"]) if len(cases) else set()
+    summary = summarise(cases[cases["run"] == run], metrics).set_index("metric") if run in there else pd.DataFrame()
+    rows = []
+    for metric in (*metrics, *(COSTS if costs else ())):
+        row = {"group": group, "label": label, "run": run or "", "metric": metric, "unit": METRICS[metric].unit}
+        if metric in COSTS:
+            row["mean"] = costs.of(run, metric) if run else np.nan
+        elif metric in summary.index:
+            row |= summary.loc[metric, ["mean", "sd", "n", "failures"]].to_dict()
+            if reference in there - {run}:
+                chosen = chosen_rows(cases)
+                row["p"] = two_sided(*matched(*(chosen[chosen["run"] == name] for name in (run, reference)), metric)).p
+        value = paper.get(metric)
+        rows.append(row | {"paper": value.text(metric) if value else "", "paper_note": value.note if value else ""})
+    return rows
+
+
+def _finish(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The order of the columns, counts as integers, and the best of each column."""
+    tidy = pd.DataFrame(rows).reindex(columns=COLUMNS)
+    tidy["n"] = tidy["n"].astype("Int64")
+    tidy["failures"] = tidy["failures"].fillna(0).astype("Int64")
+    tidy["best"] = False
+    within = "group" if set(REGULARITY) & set(tidy["metric"]) else None
+    for _, part in tidy.groupby(["metric", within] if within else ["metric"]):
+        metric = part["metric"].iloc[0]
+        if metric not in NOT_RANKED:
+            tidy.loc[best_of(part.rename(columns={"run": "method"}), metric), "best"] = True
+    return tidy
+
+
+def _named(params: Mapping[str, Any], index: Mapping[str, Any]) -> str:
+    return dataset_label(params["ablation"]["dataset"], bool(index["simulated"])) if index else "no dataset"
+
+
+def _notes(params, budgets: pd.DataFrame, costs: Costs, index: Mapping[str, Any], default: str) -> list[str]:
+    notes = [SIMULATED] if index and index["simulated"] else []
+    budget = {(int(row.steps), int(row.batch)) for row in budgets.itertuples()}
+    words = "; ".join(f"{steps:,} steps × batch {batch}" for steps, batch in sorted(budget)) or "none"
+    smaller = "; ".join(reductions(params["ablation"].get("base", {})))
+    size = f" Smaller than published, for this profile: {smaller}." if smaller else ""
+    notes += [
+        f"Profile {params['profile']}. Training budget of every run: {words}, shorter than in Table 1; rows compare with each "
+        f"other alone.{size}",
+        "Mean ± SD over test pairs; bold: best of the column, equal as printed being equal. p: two-sided paired t-test "
+        f"against the default ({default}), no correction for their number. –: not run in this profile.",
+        cost_note(costs),
+        f"{PAPER_MARKS}; blank: cannot be read, or not in the paper.",
+    ]
+    return notes
+
+
+def _spread(cases: pd.DataFrame, params: Mapping[str, Any]) -> list[str]:
+    """How much trainings of the default differ by their seed alone: what a difference in the table is to be held against."""
+    runs = [run for run in seeds(params) if len(cases) and run in set(cases["run"])]
+    if len(runs) < 2:
+        return []
+    means = chosen_rows(cases).groupby("run")[list(MEASURED)].mean().loc[runs]
+    parts = [
+        f"{METRICS[metric].label} {', '.join(METRICS[metric].format.format(value) for value in means[metric])}"
+        + (f" {METRICS[metric].unit}" if METRICS[metric].unit else "")
+        for metric in MEASURED if means[metric].notna().all()
+    ]  # fmt: skip
+    return [f"The default, trained with {len(runs)} seeds: {'; '.join(parts)}. The t-test knows nothing of this spread."]

@@ -16,8 +16,8 @@ from test_train import ROOT, SETTINGS, folder, run_training, same, weights_of  #
 
 from gridreg import params
 from gridreg import train as training
+from gridreg.ablation import named_arguments, trainings
 from gridreg.dataset import Preprocessed
-from gridreg.schema import training_arguments
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "GRIDREG_ACCELERATOR": "cpu"}
 ENVIRONMENT["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums depend on it, and so do weights
@@ -33,6 +33,9 @@ def repository(folder, tmp_path) -> Path:  # noqa: F811
     values["runs"] = {"coarse": gridreg | {"grids": [[3, 3, 3]]}, "gridreg-adaptive": gridreg | {"grids": [[5, 5, 5]]}}
     values["use"] = {"datasets": ["blobs"], "trained": ["coarse", "gridreg-adaptive"], "untrained": []}
     values["train"] |= {"steps": 6, "validate_every": 3}
+    base = {"gridreg": gridreg | {"grids": [[3, 3, 3]]}}
+    runs = {"wide": {"of": "gridreg", "base_channels": 10}}
+    values["ablation"] = {"dataset": "blobs", "steps": 4, "use": ["wide"], "base": base, "runs": runs}
     path.write_text(yaml.safe_dump(values))
     shutil.copytree(folder, tmp_path / "results" / "preprocess" / "blobs")
     return tmp_path
@@ -44,23 +47,24 @@ def command(*arguments: str) -> list[str]:
 
 def test_tasks_of_a_job_array_train_side_by_side_and_are_adopted(repository, monkeypatch):
     listed = subprocess.run(command("--list"), cwd=repository, env=ENVIRONMENT, capture_output=True, text=True)
-    assert listed.stdout == "0 blobs coarse\n1 blobs gridreg-adaptive\n", listed.stderr
+    assert listed.stdout == "0 blobs coarse\n1 blobs gridreg-adaptive\n2 ablation wide\n", listed.stderr
     tasks = [subprocess.Popen(command("--number", n), cwd=repository, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-             for n in "01"]  # fmt: skip
+             for n in "012"]  # fmt: skip
     errors = [task.communicate(timeout=300)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert [task.returncode for task in tasks] == [0, 0, 0], errors
     monkeypatch.chdir(repository)
     values, data = params.load(), Preprocessed("results/preprocess/blobs")
-    runs = ("coarse", "gridreg-adaptive")
-    for run in runs:
-        training.train(data, out=f"direct/{run}", scratch="elsewhere", **training_arguments(values, "blobs", run))
+    every = {run: named_arguments(values, place, run)[1] for place, run in trainings(values)}
+    assert list(every) == ["coarse", "gridreg-adaptive", "wide"]
+    for run, arguments in every.items():
+        training.train(data, out=f"direct/{run}", scratch="elsewhere", **arguments)
     monkeypatch.setattr(training, "optimise", None)  # from here on nothing is trained
-    for run in runs:
-        training.train(data, out=f"adopted/{run}", **training_arguments(values, "blobs", run))
+    for run, arguments in every.items():
+        training.train(data, out=f"adopted/{run}", **arguments)
         assert same(weights_of(repository / "direct" / run), weights_of(repository / "adopted" / run))
 
 
-@pytest.mark.parametrize(("arguments", "found"), [(["--number", "2"], "number 2"), (["blobs", "five"], "blobs five"),
+@pytest.mark.parametrize(("arguments", "found"), [(["--number", "3"], "number 3"), (["blobs", "five"], "blobs five"),
                                                   ([], "nothing nothing"), (["--number", "-1"], "number -1")])  # fmt: skip
 def test_a_training_that_is_not_there_is_refused_with_a_sentence(repository, arguments, found):
     done = subprocess.run(command(*arguments), cwd=repository, env=ENVIRONMENT, capture_output=True, text=True)

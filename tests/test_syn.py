@@ -82,6 +82,33 @@ def test_masks_leave_out_what_misleads(deformed):
     assert max(errors[1:]) < 0.7 * errors[0]
 
 
+def test_the_method_looks_only_around_the_labels_it_is_given(deformed, monkeypatch):
+    """The mask is every voxel at most so far from a label; without labels, or without a margin, there is none."""
+    seen = []
+
+    class Process:
+        def submit(self, function, *pair, **settings):
+            seen.append({name: settings.get(name) for name in ("fixed_mask", "moving_mask", "iterations", "mask_margin")})
+            return self
+
+        def result(self):
+            return np.zeros((3, *SHAPE), np.float32)
+
+    monkeypatch.setattr("gridreg.pairwise.fresh_processes", lambda number: Process())
+    labels = [np.zeros(SHAPE, np.int16) for _ in range(2)]
+    labels[0][10, 12, 8], labels[1][20, 12, 8] = 3, 1
+    images = [torch.from_numpy(side)[None, None] for side in deformed[:2]]
+    masked = SyN(mask_margin=4, iterations=(5, 0))
+    masked(*images, labels=labels)
+    masked(*images)
+    SyN(iterations=(5, 0))(*images, labels=labels)
+    apart = np.linalg.norm(np.stack(np.indices(SHAPE)) - np.array([10, 12, 8])[:, None, None, None], axis=0)
+    np.testing.assert_array_equal(seen[0]["fixed_mask"], apart <= 4)
+    assert seen[0]["moving_mask"][20, 12, 8] == 1 and not seen[0]["moving_mask"][10].any()
+    assert seen[0]["iterations"] == (5, 0) and all(entry["mask_margin"] is None for entry in seen)
+    assert all(entry["fixed_mask"] is None for entry in seen[1:])
+
+
 def test_the_method_registers_each_pair_of_a_batch_and_always_alike(deformed):
     """In two processes of its own, and in this one, where other tests have run ITK."""
     fixed, moving, _ = deformed

@@ -192,6 +192,19 @@ def test_figure8(tmp_path, unsaved, datasets):
     assert_nothing_clipped(figure)
 
 
+def test_figure8_shows_bending_weights_above(tmp_path, unsaved):
+    cases = make_cases()
+    one = cases[(cases["dataset"] == "prostate") & (cases["run"] == "gridreg-5")]
+    bending = {weight: one.assign(dice=one["dice"] - 0.01 * n) for n, weight in enumerate((2.0, 20.0, 200.0))}
+    figure = figures.figure8(tmp_path / "figure8", cases, INDEXES, bending=bending, bending_note="(1): 7 steps.")
+    shown = texts(figure)
+    assert "(1)" in shown and "weight of the bending energy" in shown and "7 steps" in shown
+    panel = next(ax for ax in figure.get_axes() if ax.get_xlabel() == "weight of the bending energy" and ax.get_ylabel() == "Dice")
+    assert panel.get_xscale() == "log"
+    np.testing.assert_allclose(panel.get_lines()[0].get_ydata(), [part["dice"].mean() for part in bending.values()])
+    assert_nothing_clipped(figure)
+
+
 def test_figure8_without_truth_or_spread(tmp_path, unsaved):
     cases = make_cases(n=1).query("dataset == 'prostate'").assign(tre_mm=np.nan)
     figure = figures.figure8(tmp_path / "figure8", cases, INDEXES)

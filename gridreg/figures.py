@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from gridreg.errors import InputError
 from gridreg.paper_numbers import FIGURE8_TEXT, PAPER_DATASETS
@@ -110,6 +110,7 @@ def _bending_panels(figure, bending: Mapping[float, pd.DataFrame], indexes: Mapp
         bars = np.nan_to_num(np.abs(np.array([interval(value) for value in values]) - means[:, None]).T)
         ax.errorbar(list(bending), means, bars, color=colour(REFERENCE), marker="o", capsize=2, elinewidth=0.9, zorder=3)
         ax.set(xscale="log", xlabel="weight of the bending energy", ylabel=_axis_label(metric))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)
         arrow = "↑" if METRICS[metric].better == "higher" else "↓"
         ax.text(1, 1.02, f"{arrow} better", transform=ax.transAxes, ha="right", va="bottom", fontsize=5.8, color="#555555")

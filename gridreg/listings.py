@@ -107,7 +107,9 @@ def table4(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]], settin
         "non-diffeomorphic volume in the whole image.",
         "The paper's mean and SD of log det J cannot be read; its Dataset 2 and ANTs SyN are not in its Table 4.",
     ]
-    return Table("table4", "Regularity of the deformations, the paper's folding below ours.", _finish(rows), notes, listing=True)
+    which = "simulated cohorts" if all(index["simulated"] for index in indexes.values()) else "the cohorts named below"
+    title = f"Regularity of the deformations: test pairs of {which}, the paper's folding below ours."
+    return Table("table4", title, _finish(rows), notes, listing=True)
 
 
 # --- their parts -------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em a
 h1{font-size:1.7em}h2{margin-top:2em;border-bottom:1px solid #ccc;padding-bottom:.2em}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}th,td{padding:.25em .6em;text-align:left;
 border-bottom:1px solid #e5e5e5;vertical-align:top}.wide{overflow-x:auto}figure{margin:1.5em 0}img{max-width:100%}
-figcaption,.small{font-size:13px;color:#444}.verdict{font-weight:600;white-space:nowrap}details{margin:.4em 0 .4em 1em}
+figcaption,.small{font-size:13px;color:#444}.below{padding-left:1.8em;color:#777}.counts{white-space:nowrap}.verdict{font-weight:600;white-space:nowrap}details{margin:.4em 0 .4em 1em}
 summary{cursor:pointer;color:#444}nav a{margin-right:1em}
 """
 
@@ -106,7 +106,7 @@ def _verdicts(claims: Sequence[Claim]) -> str:
         words = f"{yes} yes, {no} no, {unclear} open" if claim.findings else "–"
         colour = COLOURS.get(claim.verdict, "#555")
         rows.append(f"<tr><td><b>{html.escape(claim.title)}</b><br><span class=small>Paper: {html.escape(claim.paper)}</span></td>"
-                    f'<td class=verdict style="color:{colour}">{claim.verdict}</td><td>{words}</td>'
+                    f'<td class=verdict style="color:{colour}">{claim.verdict}</td><td class=counts>{words}</td>'
                     f"<td>{_largest(claim)}</td></tr>")  # fmt: skip
     table = ("<table><tr><th>Claim</th><th>Here</th><th>Findings</th><th>Effect (95 % interval), range</th></tr>"
              + "".join(rows) + "</table>")  # fmt: skip
@@ -142,8 +142,9 @@ def effect(finding: Finding) -> str:
 
 
 def _table(folder: Path, name: str) -> str:
-    text = _read(folder / f"{name}.md").replace("&emsp;", "\u2003")
-    return f"<div class=wide>{mistune.create_markdown(plugins=['table'])(text)}</div>"
+    page = mistune.create_markdown(plugins=["table"])(_read(folder / f"{name}.md").replace("&emsp;", ""))
+    page = re.sub(r"<td>(q|p|paper)</td>", r'<td class="below">\1</td>', page)  # lines that belong to the one above
+    return f"<div class=wide>{page}</div>"
 
 
 def _figure(folder: Path, name: str, caption: str) -> str:

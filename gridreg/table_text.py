@@ -75,6 +75,8 @@ def _value(cell, metric: str) -> tuple[str, bool]:
         return "–", False
     number = METRICS[metric].format
     text = "–" if not np.isfinite(cell.mean) else number.format(cell.mean)
+    if set(text) <= set("-0."):
+        text = text.removeprefix("-")  # no negative zero
     if np.isfinite(cell.mean) and np.isfinite(cell.sd):
         text += f" ± {number.format(cell.sd)}"
     if cell.failures:

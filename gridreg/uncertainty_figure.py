@@ -26,7 +26,7 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
     if not cases:
         raise InputError(f"{path}: no uncertainty to show, expected at least one case of a Bayesian run")
     with styled():
-        figure, axes = plt.subplots(len(cases), 4, figsize=(7.2, 1.75 * len(cases) + 0.9), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(len(cases), 4, figsize=(7.2, 1.62 * len(cases) + 0.9), squeeze=False, layout="constrained")
         for row, case in zip(axes, cases):
             index = central_voxel(case["fixed_labels"], case["fixed"].shape)[VIEWS["axial"][0]]
             spacing = [case["spacing_mm"]] * 3

@@ -85,7 +85,7 @@ def test_the_page_stands_alone_and_names_what_is_simulated(tmp_path, found):
     page = report(tmp_path, found, INDEXES, {"lumir": "its folder <was> not found"}, {"Seed": "1 & 2"})
     assert page.count("data:image/webp") == len(FIGURES) and page.count("<table>") >= len(TABLES) + 2
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
-    assert "simulated, not patients: prostate" in page and "&lt;was&gt;" in page and "1 &amp; 2" in page and "&amp;emsp" not in page
+    assert "simulated, not patients: prostate" in page and "&lt;was&gt;" in page and "1 &amp; 2" in page and '<td class="below">q</td>' in page
     for claim in found:
         assert claim.title in page and claim.verdict in page
     (tmp_path / "figure3.png").unlink()

@@ -56,9 +56,9 @@ class Claim(NamedTuple):
             return "not run here"
         if not no and not unclear:
             return "holds here"
-        if not yes and not unclear:
-            return "does not hold here"
-        return "holds in part" if yes else "not shown here"
+        if yes:
+            return "holds in part"
+        return "does not hold here" if no else "not shown here"
 
 
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> tuple[float, float, float]:

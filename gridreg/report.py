@@ -116,7 +116,9 @@ def _verdicts(claims: Sequence[Claim]) -> str:
         lines = lines or "<tr><td>nothing was run that could tell</td><td></td><td></td></tr>"
         details.append(f"<details><summary>{html.escape(claim.title)}: every finding</summary><p class=small>Counts as holding: "
                        f"{html.escape(claim.rule)}.</p><table>{lines}</table></details>")  # fmt: skip
-    return f"<div class=wide>{table}</div>{''.join(details)}"
+    note = ("Intervals are over test pairs. Each run was trained once: how far trainings of one setting differ by their seed "
+            "alone stands under Table 3.")  # fmt: skip
+    return f"<div class=wide>{table}</div><p class=small>{note}</p>{''.join(details)}"
 
 
 def _largest(claim: Claim) -> str:

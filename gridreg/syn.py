@@ -18,6 +18,7 @@ from gridreg.volumes import RAS_TO_LPS, read_field_mm
 
 METRICS = {"mattes": 32, "CC": 4, "meansquares": 0}  # and ANTs' usual parameter: bins, radius in voxels, none
 SEED = 1
+CREDIBLE = (0.5, 2.0)  # change of volume by an affine registration; beyond, it has collapsed, mirrored or blown up
 
 
 def to_ants(image: np.ndarray, affine: np.ndarray):
@@ -51,7 +52,8 @@ def syn(
     metric        of that stage: "mattes" (mutual information), "CC" (local cross-correlation) or "meansquares"
     gradient_step, flow_sigma, total_sigma
                   of SyN: length of a step, and the smoothing of each update and of the whole field, in voxels squared
-    affine_stage  centres of mass and an affine registration come before the deformable stage
+    affine_stage  centres of mass and an affine registration come before the deformable stage; where its matrix more
+                  than halves or doubles volumes, or mirrors, which no body does, it is left out after all
     fixed_mask, moving_mask
                   where the metric of the deformable stage is evaluated; None: everywhere
 
@@ -72,6 +74,12 @@ def syn(
                 syn_sampling=METRICS[metric], grad_step=gradient_step, flow_sigma=flow_sigma, total_sigma=total_sigma,
             )  # fmt: skip
             stages = result["fwdtransforms"]
+            if affine_stage and not CREDIBLE[0] < _volume_change(ants.read_transform(stages[-1])) < CREDIBLE[1]:
+                return syn(
+                    fixed, moving, affine, iterations=iterations, metric=metric, gradient_step=gradient_step,
+                    flow_sigma=flow_sigma, total_sigma=total_sigma, affine_stage=False, fixed_mask=fixed_mask,
+                    moving_mask=moving_mask,
+                )  # fmt: skip
             field_mm, _ = read_field_mm(ants.apply_transforms(*images, stages, compose=f"{folder}/all_"))
     except RuntimeError as error:
         why = f"ANTs SyN: found no registration ({error}), expected images of the same body part."
@@ -79,3 +87,8 @@ def syn(
     finally:
         ants.config.set_ants_deterministic(on=False, seed_value=None)
     return np.einsum("ab,bijk->aijk", np.linalg.inv(affine[:3, :3]), field_mm).astype(np.float32)
+
+
+def _volume_change(transform) -> float:
+    """Determinant of the matrix of an affine ANTs transform; negative: it mirrors."""
+    return float(np.linalg.det(np.reshape(transform.parameters[:9], (3, 3))))

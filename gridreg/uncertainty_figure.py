@@ -14,7 +14,7 @@ from gridreg.errors import InputError
 from gridreg.panels import VIEWS, central_voxel, show_contour, show_slice
 from gridreg.style import FIXED_COLOUR, MAGNITUDE, WARPED_COLOUR, add_caption, save_figure, styled
 
-SHOWN = 99.5  # percentile of a map at which its colours end, so that one voxel does not darken the rest
+SHOWN = 99.5  # percentile of a map, within the mask, at which its colours end: the corners of an image say little
 
 
 def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: bool, note: str = "") -> Figure:
@@ -34,7 +34,8 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
                 show_slice(ax, case[side], "axial", index, spacing, letters=side == "fixed")
                 show_contour(ax, case[f"{side}_labels"], "axial", index, colour)
             for ax, values in zip(row[2:], (case["sigma_mm"], case["error_mm"])):
-                known = values[np.isfinite(values)]
+                where = np.isfinite(values)
+                known = values[where & (case["fixed_labels"] > 0)] if case["fixed_labels"] is not None else values[where]
                 if not known.size:
                     ax.set_axis_off()
                     ax.text(0.5, 0.5, "not known", transform=ax.transAxes, ha="center", va="center", color="#555555")
@@ -42,7 +43,7 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
                 limits = (0.0, float(np.percentile(known, SHOWN)))
                 drawn = show_slice(ax, values, "axial", index, spacing, limits, letters=False, cmap=MAGNITUDE)
                 show_contour(ax, case["fixed_labels"], "axial", index, FIXED_COLOUR)
-                figure.colorbar(drawn, ax=ax, shrink=0.85, pad=0.02).set_label("mm", fontsize=7)
+                figure.colorbar(drawn, ax=ax, shrink=0.85, pad=0.02, extend="max").set_label("mm", fontsize=7)
             row[0].set_ylabel(case["title"], fontsize=6.5)
         for ax, head in zip(axes[0], ("Fixed", "Moving", "Uncertainty σ", "Error made")):
             ax.set_title(head)
@@ -50,6 +51,6 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
         add_caption(figure, f"{origin}Axial slices through the centre of the fixed mask (orange; blue: moving mask; of many "
                             "labels, all together). σ: √(σx² + σy² + σz²) of the Bayesian head, as predicted, carried to the "
                             "image as the variance of a weighted sum; error: distance from the true displacement; white: not known. "
-                            f"Each map has its own colours. {note}".strip())  # fmt: skip
+                            f"Each map has its own colours, which end at what the mask holds. {note}".strip())  # fmt: skip
         save_figure(figure, path)
     return figure

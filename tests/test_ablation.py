@@ -98,3 +98,7 @@ def test_every_row_of_the_papers_tables_has_its_run(tmp_path, profile):
     for method in ("keymorph", "gridreg"):
         assert None not in listings.layer_runs(values, method).values()
     assert len(listings.bending_runs(values)) >= 5 and len(ablation.seeds(values)) == 3
+
+
+def test_the_job_array_of_the_readme_has_a_task_for_every_training():
+    assert f"--array=0-{len(ablation.trainings(params.load(ROOT / 'params.yaml'))) - 1} " in (ROOT / "README.md").read_text()

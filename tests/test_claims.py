@@ -50,7 +50,7 @@ def test_a_verdict_says_what_its_findings_say():
         return Claim("t", "p", "r", [Finding("w", 0, 0, 0, "", answer) for answer in answers])
 
     verdicts = {(): "not run here", (True, True): "holds here", (False,): "does not hold here", (True, False): "holds in part",
-                (None, False): "not shown here", (True, None): "holds in part"}  # fmt: skip
+                (None, False): "does not hold here", (None,): "not shown here", (True, None): "holds in part"}  # fmt: skip
     for answers, verdict in verdicts.items():
         assert claim(*answers).verdict == verdict
 

@@ -82,6 +82,24 @@ def test_masks_leave_out_what_misleads(deformed):
     assert max(errors[1:]) < 0.7 * errors[0]
 
 
+@pytest.mark.parametrize("collapsed", [np.diag((0.1, 1, 1)), np.diag((-1, 1, 1)), np.diag((2, 1.5, 1))])
+def test_an_affine_stage_that_collapsed_is_left_out(deformed, monkeypatch, collapsed):
+    """ANTs' affine registration may end in a plane or a mirror image; the pair is then registered without it."""
+    fixed, moving, _ = deformed
+    expected, kinds, register = syn(fixed, moving, affine_stage=False, iterations=(5, 0, 0)), [], ants.registration
+
+    def watched(*arguments, **settings):
+        kinds.append(arguments[2])
+        return register(*arguments, **settings)
+
+    monkeypatch.setattr(ants, "registration", watched)
+    assert not np.array_equal(syn(fixed, moving, iterations=(5, 0, 0)), expected) and kinds == ["SyN"]
+    transform = ants.create_ants_transform(matrix=collapsed)
+    monkeypatch.setattr(ants, "read_transform", lambda path: transform)
+    np.testing.assert_array_equal(syn(fixed, moving, iterations=(5, 0, 0)), expected)
+    assert kinds == ["SyN", "SyN", "SyNOnly"]
+
+
 def test_the_method_looks_only_around_the_labels_it_is_given(deformed, monkeypatch):
     """The mask is every voxel at most so far from a label; without labels, or without a margin, there is none."""
     seen = []

@@ -227,8 +227,11 @@ def measure(
         for batch in sizes
     ]
     middle = shapes[(len(shapes) - 1) // 2]
-    work = [({"method": method}, list(group)) for method, group in groupby(jobs, key=lambda job: job.method)]
-    work += [(run, [Job(run["method"], "variant", cost_grid(run), middle, 1, name)]) for name, run in (variants or {}).items()]
+    work = []
+    for method, group in groupby(jobs, key=lambda job: job.method):  # variants beside their method: memory depends on history
+        own = {name: run for name, run in (variants or {}).items() if run["method"] == method}
+        work.append(({"method": method}, list(group)))
+        work += [(run, [Job(method, "variant", cost_grid(run), middle, 1, name)]) for name, run in own.items()]
     rows = [floor_row(shape, speed) for shape in shapes]
     with tqdm(total=sum(len(group) for _, group in work), unit="row", mininterval=2) as progress:
         for run, group in work:

@@ -19,6 +19,7 @@ from gridreg.network import GridReg
 
 PARTS = ["encoder_s", "decoder_s", "upsampling_s", "warp_s"]
 REPEAT_SECONDS, REPEATS = 1.0, (3, 20)  # repeats fill the seconds, within these bounds
+WATCHED = 5  # calls whose memory is watched: where blocks come to lie, and so the peak, differs from call to call
 
 # PyTorch counts the attention of GPUs, but not that of CPUs.
 ATTENTION = {
@@ -75,7 +76,10 @@ def count(call: Callable[[], None]) -> int:
 
 
 def cost(call: Callable[[], None], where: torch.device, slow: float = math.inf) -> tuple[Cost, int]:
-    """Cost and multiply-adds. The first call counts and warms up; if it takes ``slow`` seconds, one more is measured."""
+    """Cost and multiply-adds. The first call counts and warms up; if it takes ``slow`` seconds, one more is measured.
+
+    Memory is the median of several calls.
+    """
     counted: list[int] = []
     first = timed(lambda: counted.append(count(call)), where)
     seconds, *memory = watched(call, where)
@@ -83,6 +87,7 @@ def cost(call: Callable[[], None], where: torch.device, slow: float = math.inf) 
         return Cost(seconds, seconds, 1, *memory), counted[0]
     repeats = min(max(round(REPEAT_SECONDS / seconds), REPEATS[0]), REPEATS[1])
     times = [timed(call, where) for _ in range(repeats)]
+    memory = np.median([memory, *(watched(call, where)[1:] for _ in range(min(repeats, WATCHED) - 1))], axis=0).tolist()
     return Cost(float(np.median(times)), min(times), repeats, *memory), counted[0]
 
 

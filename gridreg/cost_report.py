@@ -125,8 +125,8 @@ def definitions(frame: pd.DataFrame, reference: str) -> list[str]:
         "Time: network and warp, images on the device, median of several calls after a warm-up; of a slow one, "
         f"the first after the warm-up. Against GridReg: divided by that of {label(reference)}. The parts of GridReg were "
         "timed in calls of their own.",
-        f"Memory: {memory} at the peak of one call, beyond weights and images. For training, gradients and Adam's state are "
-        "in it.",
+        f"Memory: {memory} at the peak of a call (median of several, of a slow one the first), beyond weights and images. For "
+        "training, gradients and Adam's state are in it.",
         "Multiply-adds: those of convolutions, matrix products and attention; no norms, activations or interpolation.",
         "Every method has its published size, and pads the images where it needs to.",
         "Floor: the bytes of both images and of the warped one over the bandwidth that a copy in memory reaches.",

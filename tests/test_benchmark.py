@@ -89,9 +89,27 @@ def test_every_call_is_warmed_up_and_a_slow_one_measured_once():
     calls = Counter()
     slow, _ = cost.cost(lambda: calls.update(["slow"]), CPU, slow=0)
     quick, _ = cost.cost(lambda: calls.update(["quick"]), CPU)
-    assert calls == {"slow": 2, "quick": 2 + cost.REPEATS[1]}
+    assert calls == {"slow": 2, "quick": 1 + cost.REPEATS[1] + cost.WATCHED}
     assert (slow.repeats, quick.repeats) == (1, cost.REPEATS[1])
     assert 0 < quick.seconds_min <= quick.seconds
+
+
+def test_memory_is_the_median_of_several_calls(monkeypatch):
+    found = iter([300.0, 100.0, 110.0, 120.0, 500.0])
+    monkeypatch.setattr(cost, "watched", lambda call, where: (cost.timed(call, where), next(found), np.nan))
+    assert cost.cost(lambda: None, CPU)[0].memory_mb == 120
+
+
+def test_variants_are_measured_in_their_published_size_beside_their_method():
+    small = {"method": "voxelmorph", "width": 4, "levels": 3}
+    runs = {"deep": {"method": "gridreg", "grids": [[4, 4, 4]], "num_layers": 6}, "narrow": small}
+    frame = benchmark.measure(["gridreg", "voxelmorph"], SHAPES, grids=[(4, 4, 4)], variants=runs)
+    rows = frame[frame["task"] == "variant"].set_index("run")
+    assert set(rows["shape"]) == {"20x18x17"} and rows.loc["deep", "grid"] == "4x4x4" and (rows["note"] == "").all()
+    assert rows.loc["narrow", "parameters"] == frame.loc[frame["run"] == "voxelmorph", "parameters"].iloc[0]
+    assert rows.loc["deep", "parameters"] > frame.loc[frame["run"] == "gridreg-4", "parameters"].iloc[0]
+    assert frame["run"].tolist().index("deep") < frame["run"].tolist().index("voxelmorph")
+    assert "deep" not in to_markdown(frame)
 
 
 def test_every_part_gets_its_own_time(monkeypatch):

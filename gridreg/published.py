@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from gridreg.grid import Shape
+from gridreg.results import run_label
 from gridreg.schema import METHODS, REQUIRED, UNTRAINED
 
 # What a profile may make smaller; the published values are the defaults of the schema.
@@ -107,13 +108,13 @@ def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
 
 
 def reductions(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A phrase for every method that is smaller than published: ``voxelmorph: width 8, levels 4 (published 16, 5)``."""
-    said: list[tuple[str, str]] = []
+    """A phrase for every method that is smaller than published: ``VoxelMorph: width 8, levels 4 (published 16, 5)``."""
+    said = []
     for run in runs.values():
-        names = SIZES.get(run["method"], ())
-        own = [run.get(name, METHODS[run["method"]][name].default) for name in names]
-        full = [METHODS[run["method"]][name].default for name in names]
-        if own != full:
-            values = ", ".join(f"{WORDS[name]} {value}" for name, value in zip(names, own))
-            said.append((run["method"], f"{values} (published {', '.join(map(str, full))})"))
-    return [f"{method}: {words}" for method, words in dict.fromkeys(said)]
+        full = {name: METHODS[run["method"]][name].default for name in SIZES.get(run["method"], ())}
+        own = {name: run.get(name, value) for name, value in full.items()}
+        less = [name for name in full if own[name] != full[name]]
+        if less:
+            values = ", ".join(f"{WORDS[name]} {own[name]}" for name in less)
+            said.append(f"{run_label(run['method'])}: {values} (published {', '.join(str(full[name]) for name in less)})")
+    return list(dict.fromkeys(said))

@@ -9,12 +9,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.ndimage import distance_transform_edt
 
 from gridreg.errors import InputError
 from gridreg.panels import VIEWS, central_voxel, show_contour, show_slice
 from gridreg.style import FIXED_COLOUR, MAGNITUDE, WARPED_COLOUR, add_caption, save_figure, styled
 
-SHOWN = 99.5  # percentile of a map, within the mask, at which its colours end: the corners of an image say little
+SHOWN, NEAR_MM = 99.5, 15.0  # colours end at this percentile of what lies in or so near the mask: corners say little
 
 
 def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: bool, note: str = "") -> Figure:
@@ -34,8 +35,7 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
                 show_slice(ax, case[side], "axial", index, spacing, letters=side == "fixed")
                 show_contour(ax, case[f"{side}_labels"], "axial", index, colour)
             for ax, values in zip(row[2:], (case["sigma_mm"], case["error_mm"])):
-                where = np.isfinite(values)
-                known = values[where & (case["fixed_labels"] > 0)] if case["fixed_labels"] is not None else values[where]
+                known = values[np.isfinite(values) & _near(case["fixed_labels"], case["spacing_mm"], values.shape)]
                 if not known.size:
                     ax.set_axis_off()
                     ax.text(0.5, 0.5, "not known", transform=ax.transAxes, ha="center", va="center", color="#555555")
@@ -51,6 +51,13 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
         add_caption(figure, f"{origin}Axial slices through the centre of the fixed mask (orange; blue: moving mask; of many "
                             "labels, all together). σ: √(σx² + σy² + σz²) of the Bayesian head, as predicted, carried to the "
                             "image as the variance of a weighted sum; error: distance from the true displacement; white: not known. "
-                            f"Each map has its own colours, which end at what the mask holds. {note}".strip())  # fmt: skip
+                            f"Each map has its own colours, which end at what lies in the mask or {NEAR_MM:g} mm around it. {note}".strip())  # fmt: skip
         save_figure(figure, path)
     return figure
+
+
+def _near(labels: np.ndarray | None, spacing_mm: float, shape: tuple[int, ...]) -> np.ndarray:
+    """(W, H, D) bool: in the mask or close to it; everywhere without one."""
+    if labels is None or not labels.any():
+        return np.ones(shape, bool)
+    return distance_transform_edt(labels == 0) * spacing_mm <= NEAR_MM

@@ -63,6 +63,7 @@ def test_on_a_gpu_memory_is_all_that_was_allocated():
 
 
 def test_what_is_smaller_than_published_is_said():
-    assert reductions(RUNS) == ["voxelmorph: width 8, levels 4 (published 16, 5)",
-                                "keymorph: keypoints 32, width 4, poolings 2 (published 80, 12, 4)"]  # fmt: skip
+    assert reductions(RUNS) == ["VoxelMorph: width 8, levels 4 (published 16, 5)",
+                                "KeyMorph: keypoints 32, width 4, poolings 2 (published 80, 12, 4)"]  # fmt: skip
+    assert reductions({"narrow": {"method": "transmorph", "embed": 12}}) == ["TransMorph: embedding 12 (published 96)"]
     assert reductions({"full": {"method": "transmorph"}, "gridreg": {"method": "gridreg"}}) == []

@@ -94,7 +94,7 @@ def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
     rows = {}
     for name, run in runs.items():
         grid = "x".join(map(str, cost_grid(run) or ()))
-        if is_default(run):
+        if is_default(run) or run["method"] in UNTRAINED:  # what is not trained has its package's own settings there
             row = registered[(registered["method"] == run["method"]) & (registered["grid"] == grid)]
         else:
             same = next((n for n, r in names.items() if (published(r), cost_grid(r)) == (published(run), cost_grid(run))), name)

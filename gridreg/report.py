@@ -51,8 +51,9 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;padding:0 1em}
 h1{font-size:1.7em}h2{margin-top:2em;border-bottom:1px solid #ccc;padding-bottom:.2em}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}th,td{padding:.25em .6em;text-align:left;
-border-bottom:1px solid #e5e5e5;vertical-align:top}.wide{overflow-x:auto}figure{margin:1.5em 0}img{max-width:100%}
-figcaption,.small{font-size:13px;color:#444}.below{padding-left:1.8em;color:#777}.counts{white-space:nowrap}.verdict{font-weight:600;white-space:nowrap}details{margin:.4em 0 .4em 1em}
+border-bottom:1px solid #e5e5e5;vertical-align:top}.wide{overflow-x:auto}.data table{font-size:12px}figure{margin:1.5em 0}img{max-width:100%}
+figcaption,.small{font-size:13px;color:#444}.below{padding-left:1.8em;color:#777}.counts,.data td,
+.data th{white-space:nowrap}.verdict{font-weight:600;white-space:nowrap}details{margin:.4em 0 .4em 1em}
 summary{cursor:pointer;color:#444}nav a{margin-right:1em}
 """
 
@@ -146,7 +147,7 @@ def effect(finding: Finding) -> str:
 def _table(folder: Path, name: str) -> str:
     page = mistune.create_markdown(plugins=["table"])(_read(folder / f"{name}.md").replace("&emsp;", ""))
     page = re.sub(r"<td>(q|p|paper)</td>", r'<td class="below">\1</td>', page)  # lines that belong to the one above
-    return f"<div class=wide>{page}</div>"
+    return f'<div class="wide data">{page}</div>'
 
 
 def _figure(folder: Path, name: str, caption: str) -> str:

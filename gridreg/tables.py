@@ -194,7 +194,8 @@ def _notes(
     if len(lost):
         counts = ", ".join(f"{run_label(run)} {lost[run]:.0f}" for run in in_order(lost.index))
         notes.append(f"Labels that vanished under the warp, their Dice 0 and no part of the mask distance: {counts}.")
-    notes.append(cost_note(costs) + " ANTs SyN works in a process of its own, on one thread; its memory is not measured.")
+    syn = "ANTs SyN: with ANTs' own number of iterations, in a process of its own, on one thread; its memory is not measured."
+    notes.append(f"{cost_note(costs)} {syn}")
     absent = [PAPER_COLUMN_LABELS[column] for run, column in PAPER_COLUMN.items() if run not in set(cases["run"])]
     if absent:
         notes.append(f"In the paper but not run here: {', '.join(absent)}.")
@@ -216,8 +217,9 @@ def cost_note(costs: Costs) -> str:
     """What the costs are of."""
     return (
         "Memory (at the peak of a registration, beyond weights and images), parameters and time are of every method in its "
-        f"published size, measured on {costs.in_words()} (figures/benchmark.md); –: not measured. The paper's were measured "
-        "on one 32 GB GPU, its memory on Dataset 1."
+        f"published size, measured on {costs.in_words()} (figures/benchmark.md); –: not measured. On a CPU memory also depends "
+        "on what the process did before: that of the networks that are no method's default was measured after training steps, "
+        "which adds some 40 MB. The paper's were measured on one 32 GB GPU, its memory on Dataset 1."
     )
 
 

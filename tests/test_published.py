@@ -54,6 +54,9 @@ def test_every_run_finds_its_row_at_the_middle_size():
     assert found.of("gridreg-adaptive", "seconds") == 0.05  # at 10×10×10
     assert found.of("again", "parameters") == found.of("bayesian", "parameters") == 251
     assert found.of("shallow", "seconds") == 2.0
+    syn = rows(("ants-syn", "syn", "", "128x128x102", "register", 23.0, np.nan, np.nan, 0))
+    tuned = {"ants-syn": {"method": "syn", "iterations": [9, 9, 9], "mask_margin": {"prostate": 6}}}
+    assert costs(pd.concat([FRAME, syn]), tuned).of("ants-syn", "seconds") == 23
     assert np.isnan(found.of("keymorph", "seconds")) and np.isnan(found.of("nobody", "seconds"))
 
 

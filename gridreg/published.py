@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from gridreg.grid import Shape
 from gridreg.results import run_label
 from gridreg.schema import METHODS, REQUIRED, UNTRAINED
 
@@ -33,7 +32,7 @@ def published(run: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": method} | {n: r.default if n in fixed else run.get(n, r.default) for n, r in rules.items()}
 
 
-def cost_grid(run: Mapping[str, Any]) -> Shape | None:
+def cost_grid(run: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """The grid at which a run is measured: its own, of several the third (10×10×10); None without control points."""
     grids = run.get("grids")
     return tuple(grids[len(grids) // 2]) if grids else None

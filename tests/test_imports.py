@@ -17,7 +17,7 @@ NEEDS_TORCH = {"architecture", "benchmark", "checkpoint", "cost", "devices", "ev
                "explorer_volume", "explorer_widgets", "false_correspondence", "fold_free", "grid", "interpolation", "keymorph",
                "lesson_attention", "lesson_attention_view", "lesson_basis", "lesson_basis_view", "lesson_freedom",
                "lesson_freedom_view", "losses", "methods", "network", "objective", "oracle", "pairwise", "refine", "train",
-               "transmorph"}  # fmt: skip
+               "transmorph", "uncertainty"}  # fmt: skip
 
 
 def imported(tree: ast.Module) -> set[str]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 from small_params import block, edit, fresh
 
 from gridreg.errors import InputError
@@ -109,12 +110,16 @@ def test_what_a_dataset_leaves_out_is_written_for_dvc_to_read(path, name, value)
 
 def test_the_cohort_of_the_readme_is_taken_as_it_stands(path):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    yaml = re.search(r"Your own cohort.*?```yaml\n(.*?)```", readme, re.S)[1]
-    use, dataset = yaml.split("datasets:\n  mine:\n")
-    edit(path, "[prostate, pelvis, brain]", use.split("datasets: ")[1].strip())
-    edit(path, "\n# A comment above train", "  mine:\n" + dataset.replace("/where/it/is", str(path.parent)) + "\n# A comment above train")
+    added = YAML(typ="safe").load(re.search(r"Your own cohort.*?```yaml\n(.*?)```", readme, re.S)[1])
+    values = YAML(typ="safe").load(path.read_text())
+    for section in added:
+        values.setdefault(section, {"dataset": "prostate"}).update(added[section])
+    values["datasets"]["mine"]["path"] = str(path.parent)
+    with path.open("w") as file:
+        YAML().dump(values, file)
     update(path)
-    assert load(path)["datasets"]["mine"]["budget"] == 1.0 and "mine" in load(path)["use"]["datasets"]
+    found = load(path)
+    assert found["datasets"]["mine"]["budget"] == 1.0 and found["use"]["datasets"] == ["mine"] and found["ablation"]["use"] == []
 
 
 def test_a_weight_of_the_bending_energy_has_no_default(path):

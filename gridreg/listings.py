@@ -9,7 +9,7 @@ Tables 2 and 3 compare the ablations of ``params.yaml`` with each other: their b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from gridreg.paper_numbers import PAPER_DATASETS, TABLE2, TABLE3, Printed, facin
 from gridreg.published import Costs, reductions
 from gridreg.results import METRICS, chosen_rows, in_order, run_label
 from gridreg.stats import matched, summarise, two_sided
-from gridreg.tables import PAPER_MARKS, SIMULATED, Setting, Table, best_of, budgets_in_words, cost_note, dataset_label, sizes_in_words
+from gridreg.tables import (
+    PAPER_MARKS, SIMULATED, Setting, Table, best_of, budgets_in_words, cohorts_in_words, cost_note, dataset_label, sizes_in_words,
+)  # fmt: skip
 
 COLUMNS = ["group", "label", "run", "metric", "unit", "mean", "sd", "n", "failures", "p", "paper", "paper_note", "best"]
 MEASURED = ("dice", "landmark_mm", "tre_mm")
@@ -92,8 +94,8 @@ def table3(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Map
 
 def table4(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]], setting: Setting) -> Table:
     """Regularity of the deformations of every method; ``cases`` of the runs of Table 1."""
-    rows = []
-    for dataset in in_order(cases["dataset"], PAPER_DATASETS):
+    rows, datasets = [], in_order(cases["dataset"], PAPER_DATASETS)
+    for dataset in datasets:
         own = cases[cases["dataset"] == dataset]
         group = dataset_label(dataset, bool(indexes[dataset]["simulated"]))
         for run in (run for run in TABLE4_RUNS if run in set(own["run"])):
@@ -107,9 +109,8 @@ def table4(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]], settin
         "non-diffeomorphic volume in the whole image.",
         "The paper's mean and SD of log det J cannot be read; its Dataset 2 and ANTs SyN are not in its Table 4.",
     ]
-    which = "simulated cohorts" if all(index["simulated"] for index in indexes.values()) else "the cohorts named below"
-    title = f"Regularity of the deformations: test pairs of {which}, the paper's folding below ours."
-    return Table("table4", title, _finish(rows), notes, listing=True)
+    title = f"Regularity of the deformations: test pairs of {cohorts_in_words(datasets, indexes)}, the paper's folding below ours."
+    return Table("table4", title, _finish(rows, ["metric", "group"]), notes, listing=True)
 
 
 # --- their parts -------------------------------------------------------------------------------------------------
@@ -137,14 +138,13 @@ def _row(
     return rows
 
 
-def _finish(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The order of the columns, counts as integers, and the best of each column."""
+def _finish(rows: list[dict[str, Any]], rivals: Sequence[str] = ("metric",)) -> pd.DataFrame:
+    """The order of the columns, counts as integers, and the best among rows that agree in the columns ``rivals``."""
     tidy = pd.DataFrame(rows).reindex(columns=COLUMNS)
     tidy["n"] = tidy["n"].astype("Int64")
     tidy["failures"] = tidy["failures"].fillna(0).astype("Int64")
     tidy["best"] = False
-    within = "group" if set(REGULARITY) & set(tidy["metric"]) else None
-    for _, part in tidy.groupby(["metric", within] if within else ["metric"]):
+    for _, part in tidy.groupby(list(rivals)):
         metric = part["metric"].iloc[0]
         if metric not in NOT_RANKED:
             tidy.loc[best_of(part.rename(columns={"run": "method"}), metric), "best"] = True
@@ -152,7 +152,7 @@ def _finish(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _named(params: Mapping[str, Any], index: Mapping[str, Any]) -> str:
-    return dataset_label(params["ablation"]["dataset"], bool(index["simulated"])) if index else "no dataset"
+    return dataset_label(params["ablation"]["dataset"], bool(index["simulated"])) if index else "a dataset (not run here)"
 
 
 def _notes(params, budgets: pd.DataFrame, costs: Costs, index: Mapping[str, Any], default: str) -> list[str]:

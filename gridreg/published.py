@@ -41,13 +41,15 @@ def cost_grid(run: Mapping[str, Any]) -> tuple[int, int, int] | None:
 def variants(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The runs to measure beside every method's default network, one for each network and grid, by name."""
     found: dict[str, dict[str, Any]] = {}
-    seen = []
     for name, run in runs.items():
-        one = (published(run), cost_grid(run))
-        if run["method"] not in UNTRAINED and not is_default(run) and one not in seen:
-            seen.append(one)
+        if run["method"] not in UNTRAINED and not is_default(run) and not any(same_cost(run, other) for other in found.values()):
             found[name] = dict(run)
     return found
+
+
+def same_cost(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs are one network at one grid."""
+    return published(run) == published(other) and cost_grid(run) == cost_grid(other)
 
 
 def is_default(run: Mapping[str, Any]) -> bool:
@@ -89,15 +91,14 @@ def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
     shape = sizes[(len(sizes) - 1) // 2]
     here = frame[frame["shape"] == shape]
     registered, varied = (here[here["task"] == task] for task in ("register", "variant"))
-    names = variants(runs)
+    measured = variants(runs)
     rows = {}
     for name, run in runs.items():
         grid = "x".join(map(str, cost_grid(run) or ()))
         if is_default(run) or run["method"] in UNTRAINED:  # what is not trained has its package's own settings there
             row = registered[(registered["method"] == run["method"]) & (registered["grid"] == grid)]
         else:
-            same = next((n for n, r in names.items() if (published(r), cost_grid(r)) == (published(run), cost_grid(run))), name)
-            row = varied[varied["run"] == same]
+            row = varied[varied["run"].isin([other for other, its in measured.items() if same_cost(run, its)])]
         if len(row):
             row = row.iloc[0]
             memory = row["peak_mb"] if str(row["device"]).startswith("cuda") else row["memory_mb"]

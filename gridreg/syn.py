@@ -68,18 +68,15 @@ def syn(
     ants.config.set_ants_deterministic(on=False, seed_value=SEED)  # `on` would allow only other kinds of registration
     try:
         with tempfile.TemporaryDirectory() as folder:
-            result = ants.registration(
-                *images, "SyN" if affine_stage else "SyNOnly", outprefix=f"{folder}/", mask=masks[0],
-                moving_mask=masks[1], reg_iterations=tuple(iterations), syn_metric=metric,
-                syn_sampling=METRICS[metric], grad_step=gradient_step, flow_sigma=flow_sigma, total_sigma=total_sigma,
-            )  # fmt: skip
-            stages = result["fwdtransforms"]
-            if affine_stage and not CREDIBLE[0] < _volume_change(ants.read_transform(stages[-1])) < CREDIBLE[1]:
-                return syn(
-                    fixed, moving, affine, iterations=iterations, metric=metric, gradient_step=gradient_step,
-                    flow_sigma=flow_sigma, total_sigma=total_sigma, affine_stage=False, fixed_mask=fixed_mask,
-                    moving_mask=moving_mask,
+            for kind in ("SyN", "SyNOnly") if affine_stage else ("SyNOnly",):
+                result = ants.registration(
+                    *images, kind, outprefix=f"{folder}/{kind}_", mask=masks[0], moving_mask=masks[1],
+                    reg_iterations=tuple(iterations), syn_metric=metric, syn_sampling=METRICS[metric],
+                    grad_step=gradient_step, flow_sigma=flow_sigma, total_sigma=total_sigma,
                 )  # fmt: skip
+                stages = result["fwdtransforms"]
+                if kind == "SyN" and CREDIBLE[0] < _volume_change(ants.read_transform(stages[-1])) < CREDIBLE[1]:
+                    break
             field_mm, _ = read_field_mm(ants.apply_transforms(*images, stages, compose=f"{folder}/all_"))
     except RuntimeError as error:
         why = f"ANTs SyN: found no registration ({error}), expected images of the same body part."

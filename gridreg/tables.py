@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,8 @@ import pandas as pd
 
 from gridreg.errors import InputError
 from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing
-from gridreg.regions import THICKNESS_MM
 from gridreg.published import Costs, reductions
+from gridreg.regions import THICKNESS_MM
 from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, run_label
 from gridreg.stats import Test, compare, summarise
 
@@ -145,9 +146,12 @@ def best_of(group: pd.DataFrame, metric: str) -> pd.Index:
 
 
 def _title(datasets: list[str], indexes: dict[str, dict[str, Any]]) -> str:
-    simulated = [name for name in datasets if indexes[name]["simulated"]]
-    which = "simulated cohorts" if len(simulated) == len(datasets) else "the cohorts named below"
-    return f"Registration of the test pairs of {which}, the paper's values facing ours."
+    return f"Registration of the test pairs of {cohorts_in_words(datasets, indexes)}, the paper's values facing ours."
+
+
+def cohorts_in_words(datasets: list[str], indexes: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a title says the test pairs are of."""
+    return "simulated cohorts" if all(indexes[name]["simulated"] for name in datasets) else "the cohorts named below"
 
 
 def _notes(

@@ -25,8 +25,8 @@ class Uncertain(NamedTuple):
     fixed: str
     moving: str
     sigma_mm: np.ndarray  # (3, W, H, D)
-    error_mm: np.ndarray | None  # (3, W, H, D) displacement minus the true one; None where the truth is not known
-    region: np.ndarray  # (W, H, D) bool: the fixed mask (everything without one), where the truth is known
+    error_mm: np.ndarray  # (3, W, H, D) displacement minus the true one; NaN where that is not known
+    region: np.ndarray  # (W, H, D) bool: the fixed mask (everything without one), as far as the truth is known
 
     @property
     def within(self) -> tuple[np.ndarray, np.ndarray]:
@@ -43,17 +43,17 @@ def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: 
         sigma = upsample_sigma(registration.sigma, data.shape, network.upsampling)[0].cpu().numpy() * data.spacing
         truth, labels = data.truth(fixed, moving), data.labels(fixed)
         region = np.ones(data.shape, bool) if labels is None else labels > 0
-        error = None
+        error = np.full(sigma.shape, np.nan)
         if truth is not None:
-            error = (registration.displacement[0].cpu().numpy() - truth[0]) * data.spacing
-            region = region & truth[1]
-        found.append(Uncertain(fixed, moving, sigma, error, region))
+            found_mm = (registration.displacement[0].cpu().numpy() - truth[0]) * data.spacing
+            error = np.where(truth[1], found_mm, np.nan)
+        found.append(Uncertain(fixed, moving, sigma, error, region & np.isfinite(error).all(0)))
     return found
 
 
 def joined(pairs: Sequence[Uncertain]) -> tuple[np.ndarray, np.ndarray] | None:
     """(error, sigma), (3, N) each, of the voxels of all pairs whose truth is known; None without any."""
-    known = [pair.within for pair in pairs if pair.error_mm is not None and pair.region.any()]
+    known = [pair.within for pair in pairs if pair.region.any()]
     return tuple(np.concatenate(side, axis=1) for side in zip(*known)) if known else None
 
 

@@ -27,7 +27,8 @@ def pairs(seed: int, factor: float, known: bool = True) -> list[Uncertain]:
     sigma = rng.uniform(0.5, 2, (3, *SHAPE))
     region = np.zeros(SHAPE, bool)
     region[4:12, 5:14, 3:13] = True
-    return [Uncertain("f", "m", sigma, factor * sigma * rng.standard_normal(sigma.shape) if known else None, region)]
+    error = factor * sigma * rng.standard_normal(sigma.shape)
+    return [Uncertain("f", "m", sigma, error if known else error * np.nan, region & known)]
 
 
 def test_the_factor_is_fitted_on_validation_and_applied_to_test():
@@ -61,7 +62,8 @@ def test_errors_and_sigmas_are_in_mm_and_within_the_mask(monkeypatch):
     assert pair.region.sum() == 5 * 6 * 6 and np.allclose(pair.sigma_mm, 1.0)
     bare = SimpleNamespace(**vars(data) | {"truth": lambda *pair: (truth * 0, known)})
     (other,) = uncertain_pairs(bare, network, (5, 5, 5), "test")
-    np.testing.assert_allclose(other.error_mm - pair.error_mm, 2.5, atol=1e-5)
+    np.testing.assert_allclose((other.error_mm - pair.error_mm)[:, known], 2.5, atol=1e-5)
+    assert np.isnan(pair.error_mm[:, ~known]).all()
     assert pair.within[0].shape == (3, 180)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gridreg.errors import InputError
+from gridreg.rules import REQUIRED, default, whole
 from gridreg.schema import (
-    METHODS, NAME, NAMES, REQUIRED, UNTRAINED, check_section, default, refuse_unknown, run_rules, training_arguments, whole,
+    METHODS, NAME, NAMES, UNTRAINED, check_fit, check_run, check_section, refuse_unknown, run_rules, training_arguments,
 )  # fmt: skip
 
 ABLATION = {
@@ -20,6 +21,7 @@ ABLATION = {
     "use": default(NAMES, []),                                    # which of runs, []: none
 }
 OWN = {"of": NAME, "seed": default(whole(0), None)}               # of a run, beside what differs from its base
+BUDGET = ("steps", "epochs")                                      # never of one run: all have the same
 PLACE = "ablation"  # stands for the dataset where trainings are named
 
 
@@ -34,25 +36,39 @@ def check(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
         if not isinstance(base, dict) or base.get("method") not in METHODS or base["method"] in UNTRAINED:
             raise InputError(f"{where}.base.{name} has no method that is trained; expected method: and a name")
         check_section(base, run_rules(base["method"]), f"{where}.base.{name}")
+        _refuse_budget(base, f"{where}.base.{name}")
     for name, run in runs.items():
         if not isinstance(run, dict) or run.get("of") not in bases:
             raise InputError(f"{where}.runs.{name} is {run!r:.60}; expected of: and one of {', '.join(bases)}")
         base = bases[run["of"]]
         check_section(dict(base) | dict(run), run_rules(base["method"]) | OWN, f"{where}.runs.{name}")
+        _refuse_budget(run, f"{where}.runs.{name}")
+        check_run(params | {"runs": {name: _run(section, name)}}, name, f"{where}.runs.{name}")
     for name in section.get("use", []):
         refuse_unknown(name, runs, "run", f"{where}.use")
     if section.get("use") and section["dataset"] not in params["use"]["datasets"]:
         raise InputError(f"{where}: dataset is {section['dataset']}, which is not in use; expected one of "
                          f"{', '.join(params['use']['datasets'])}, or an empty list under use")
+    blocks = {**params["datasets"], **params.get("unused", {})}
+    for name, run in ablations(params).items():
+        check_fit(run, section["dataset"], blocks[section["dataset"]], f"{where}.runs.{name}")
+
+
+def _refuse_budget(run: dict[str, Any], where: str) -> None:
+    for name in BUDGET:
+        if name in run:
+            raise InputError(f"{where} has {name}; expected them for all runs alike, as ablation.steps")
 
 
 def ablations(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The runs that are in use, by name, as a run of ``runs`` is given: method, its settings, steps."""
-    section, found = params.get("ablation", {}), {}
-    for name in section.get("use", []):
-        run = section["runs"][name]
-        found[name] = _full(section, run["of"], {key: value for key, value in run.items() if key not in OWN})
-    return found
+    section = params.get("ablation", {})
+    return {name: _run(section, name) for name in section.get("use", [])}
+
+
+def _run(section: dict[str, Any], name: str) -> dict[str, Any]:
+    run = section["runs"][name]
+    return _full(section, run["of"], {key: value for key, value in run.items() if key not in OWN})
 
 
 def _full(section: dict[str, Any], base: str, differs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
 
 from gridreg.grid import Shape
-from gridreg.network import CHANNELS, GridReg
+from gridreg.attention import CHANNELS
+from gridreg.network import GridReg
 from gridreg.results import grid_label
 from gridreg.style import add_caption, save_figure, styled
 
@@ -41,7 +42,8 @@ def sizes(network: GridReg, shape: Shape, grid_size: Shape) -> dict[str, Any]:
         def note(_, inputs: tuple, output: torch.Tensor) -> None:
             tokens, mask = inputs[1], inputs[2] if len(inputs) > 2 else None
             seen = tokens.shape[2] if mask is None else int(mask[0].isfinite().sum())
-            found["decoder"][layer] = (seen, output.shape[1])
+            before = found["decoder"].get(layer, (seen, 0))[1]  # a level may ask for its control points in several calls
+            found["decoder"][layer] = (seen, before + output.shape[1])
 
         return note
 
@@ -99,7 +101,7 @@ def architecture_figure(
             height = 3 + 2.1 * np.log2(max(found["encoder"][layer][1:]))
             who = f"all {seen:,} tokens" if level.coarsest else f"{seen} tokens\naround it"
             each = "every control point\n" if decoded == points else f"{decoded:,} points\n"
-            _box(ax, x, middle, width, 5, f"1×1×1 → {CHANNELS}\n+ positions", PROJECTION)
+            _box(ax, x, middle, width, 5, f"linear → {CHANNELS}\n+ positions", PROJECTION)
             _box(ax, x, bottom, width + 1.5, 11, f"cross-attention\n{each}to {who}\n→ {decoded:,} × {CHANNELS}", DECODER)
             _arrow(ax, (x, top - height / 2), (x, middle + 2.5))
             _arrow(ax, (x, middle - 2.5), (x, bottom + 5.5))

@@ -33,12 +33,13 @@ from gridreg.methods import build, grid_name, parameter_count
 from gridreg.network import GridReg
 from gridreg.objective import loss_terms
 from gridreg.published import cost_grid, published
+from gridreg.schema import UNTRAINED
 
 COLUMNS = ["run", "method", "grid", "shape", "task", "batch", "seconds", "seconds_min", "repeats", *PARTS, "memory_mb",
            "peak_mb", "parameters", "multiply_adds", "device", "threads", "note"]  # fmt: skip
 GRIDS = [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15)]
 RUNS = {"syn": "ants-syn"}  # methods that the tables know by another name
-OUTSIDE = {"ants-syn": "works in a process of its own, on one thread; its memory is not measured"}
+OUTSIDE = {"ants-syn": "in a process of its own, on one thread; its memory is not measured"}
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
            "bending-grid": losses.grid_bending_energy}  # fmt: skip
 SMALL = (32, 32, 32)  # the pair that starts a method up, and the smallest that all of them take
@@ -66,6 +67,15 @@ class Job:
         name = self.run or RUNS.get(self.method, self.method) + grid
         names = {"run": name, "method": self.method, "grid": grid_name(self.grid)}
         return names | {"shape": grid_name(self.shape), "task": self.task, "batch": self.batch} | values
+
+
+def untrained_settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By method, the first untrained run of it, with those of its settings that are the same for every dataset."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs.values():
+        if run["method"] in UNTRAINED:
+            found.setdefault(run["method"], {name: value for name, value in run.items() if not isinstance(value, dict)})
+    return found
 
 
 def image_pair(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +200,9 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
             except Exception as error:
                 row["note"] = reason(error)
             if row["run"] in OUTSIDE:
-                row |= {"memory_mb": math.nan, "multiply_adds": math.nan, "note": row.get("note", OUTSIDE[row["run"]])}
+                iterations = ", ".join(map(str, published(run)["iterations"]))
+                said = f"{iterations} iterations, {OUTSIDE[row['run']]}"
+                row |= {"memory_mb": math.nan, "multiply_adds": math.nan, "note": row.get("note", said)}
             yield row
 
 
@@ -201,6 +213,7 @@ def measure(
     grids: Sequence[Sequence[int]] = GRIDS,
     limit_seconds: float = 60.0,
     variants: Mapping[str, dict[str, Any]] | None = None,
+    settings: Mapping[str, dict[str, Any]] | None = None,
 ) -> pd.DataFrame:
     """One row per method, grid, shape, task and batch, with ``COLUMNS``; before them the floor of every shape.
 
@@ -209,6 +222,7 @@ def measure(
     grids          control points, for GridReg
     limit_seconds  a call that is expected to take longer is left out
     variants       runs by name, each measured in its published size at the middle one of ``shapes`` (of two the smaller)
+    settings       runs by method, to measure in the place of its defaults (``untrained_settings``)
 
     memory_mb is what is needed beyond weights and images: on a CPU the growth of the process, on a GPU that of the
     allocated memory. For training it includes the gradients and Adam's state.
@@ -228,10 +242,13 @@ def measure(
     ]
     middle = shapes[(len(shapes) - 1) // 2]
     work = []
-    for method, group in groupby(jobs, key=lambda job: job.method):  # variants beside their method: memory depends on history
-        own = {name: run for name, run in (variants or {}).items() if run["method"] == method}
-        work.append(({"method": method}, list(group)))
-        work += [(run, [Job(method, "variant", cost_grid(run), middle, 1, name)]) for name, run in own.items()]
+    for method, group in groupby(jobs, key=lambda job: job.method):
+        run, own = (settings or {}).get(method, {"method": method}), list(group)
+        work.append((run, [job for job in own if job.task == "register"]))
+        work += [(varied, [Job(method, "variant", cost_grid(varied), middle, 1, name)])
+                 for name, varied in (variants or {}).items() if varied["method"] == method]  # fmt: skip
+        work.append((run, [job for job in own if job.task == "train"]))  # last: what a training leaves shows as memory
+    work = [(run, group) for run, group in work if group]
     rows = [floor_row(shape, speed) for shape in shapes]
     with tqdm(total=sum(len(group) for _, group in work), unit="row", mininterval=2) as progress:
         for run, group in work:

@@ -23,7 +23,7 @@ from gridreg.methods import build, grid_name, grid_sizes
 from gridreg.network import Registration
 from gridreg.refine import refine
 from gridreg.regions import region_masks
-from gridreg.schema import UNTRAINED
+from gridreg.schema import UNTRAINED, training_arguments
 from gridreg.volumes import write_displacement, write_volume
 
 
@@ -37,6 +37,13 @@ def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, 
     network, config = load_model(folder)
     chosen = tuple(config["grid"]) if config["grid"] else None
     return network, grid_sizes(config["run"]), chosen, config["training"]
+
+
+def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict[str, Any] | None:
+    """Arguments of ``refine.refine`` by which a run is refined with the losses it was trained with; None: no refinement."""
+    steps, trained = params["evaluate"]["refine_steps"], training_arguments(params, dataset, run)
+    bending_weight = trained["bending_weight"] * trained["settings"]["bending"]
+    return {"steps": steps, "similarity": trained["similarity"], "bending_weight": bending_weight} if steps else None
 
 
 @torch.inference_mode()

@@ -39,7 +39,11 @@ GRIDS = (3, 5, 8, 12, SIZE)  # control points per axis; the last is every voxel
 PAPERS_WEIGHT = 2e5 * (SIZE / 128) ** 4  # of the bending energy: the paper's, for voxels 128/48 times as large
 BENDING_WEIGHTS = (PAPERS_WEIGHT, PAPERS_WEIGHT / 10, PAPERS_WEIGHT / 100)
 DICE_WEIGHT = 0.3  # as in params.yaml
-STEPS = 60  # of Adam, at each grid; with 600 the means in the disc move by up to 0.35 voxels
+STEPS = 60  # of Adam, at each grid
+CONVERGENCE = (
+    f"Not converged: {STEPS} steps at each grid, each finer one starting from what the coarser one found (with 600, over five "
+    "pairs, means in the disc move by up to 0.35 voxels)."
+)
 CONDITIONS = {  # name in figures → what is injected
     "nothing": {},
     "image noise": {"noise": NOISE},

@@ -17,10 +17,11 @@ from gridreg.errors import InputError
 from gridreg.paper_numbers import FIGURE8_TEXT, PAPER_DATASETS
 from gridreg.results import METRICS, PAIR, REFERENCE, grid_label, in_order, run_label
 from gridreg.stats import interval, matched, two_sided
-from gridreg.style import NEUTRAL, add_caption, colour, save_figure, styled
+from gridreg.style import NEUTRAL, OTHERS, add_caption, colour, save_figure, styled
 from gridreg.tables import dataset_label
 
 SEPARATE = "separate"
+PAPERS_BENDING_WEIGHT, PAPERS_VOXEL_MM = 2e5, {"prostate": 0.7}  # voxels of its other datasets: 1 mm
 _STYLES = {  # kind → (colour, marker, its fill, line, legend)
     SEPARATE: (NEUTRAL, "s", "white", (0, (3, 1.5)), "trained for this grid alone"),
     REFERENCE: (colour(REFERENCE), "o", colour(REFERENCE), "-", "one adaptive model"),
@@ -48,12 +49,13 @@ def grid_order(grids: pd.Series) -> list[str]:
 
 def figure8(
     path: Path | str, cases: pd.DataFrame, indexes: Mapping[str, Mapping], note: str = "",
-    bending: Mapping[float, pd.DataFrame] | None = None, bending_note: str = "",
+    bending: Mapping[float, pd.DataFrame] | None = None, bending_note: str = "", marks: Mapping[str, float] | None = None,
 ) -> Figure:  # fmt: skip
     """Figure 8: (1) Dice and distances against bending weight; (2, 3) against grid size, separately trained and adaptive.
 
     bending  bending weight → per-case results of the run trained with it, all of one dataset; None: (1) is left out
     indexes  dataset → its ``index.json``
+    marks    what a vertical line in (1) stands for → its bending weight
 
     Points are means over test pairs, bars the 95 % Student-t interval of the mean; p of a two-sided paired t-test stands
     under every grid size where both were evaluated. Every dataset is a column of (2, 3), the first (the paper's Dataset 1)
@@ -68,12 +70,12 @@ def figure8(
     widths = [1.5, *[1.0] * (len(datasets) - 1)]
     with styled():
         size = (2.5 * sum(widths) + 0.4, 1.95 * len(metrics) + 1.1)
-        above = 2.5 if bending else 0.0
+        above = 2.8 if bending else 0.0
         figure = plt.figure(figsize=(size[0], size[1] + above), layout="constrained")
         main = figure
         if bending:
             first, main = figure.subfigures(2, 1, height_ratios=[above, size[1]])
-            _bending_panels(first, bending, indexes)
+            _bending_panels(first, bending, indexes, marks or {})
         axes = main.subplots(len(metrics), len(datasets), squeeze=False, sharex="col", width_ratios=widths)
         any_simulated = False
         for column, dataset in zip(axes.T, datasets):
@@ -92,13 +94,23 @@ def figure8(
         handles.append(Line2D([], [], color="black", marker="o", mfc="none", ms=9, ls="", label="grid chosen on validation"))
         main.legend(handles=handles, loc="outside upper center", ncols=1 if len(datasets) == 1 else 3)
         origin = "Simulated cohorts, not patients. " if any_simulated else ""
-        add_caption(figure, f"{origin}Mean and 95 % interval over test pairs; p: two-sided paired t-test, adaptive against "
-                            f"separate ({FIGURE8_TEXT}). {note} {bending_note}".strip())  # fmt: skip
+        weights = f"(1): one model for every weight of the bending energy, on a logarithmic axis. {bending_note} " if bending else ""
+        distances = "(2) Dice and (3) distance" + (", (3′) true TRE" if "tre_mm" in metrics else "")
+        add_caption(figure, f"{origin}Mean and 95 % interval over test pairs. {weights}{distances} against the grid size: one model "
+                            "trained for each grid, and one adaptive model for all; p: two-sided paired t-test between the two, "
+                            f"pair by pair ({FIGURE8_TEXT}). {note}".strip())  # fmt: skip
         save_figure(figure, path)
     return figure
 
 
-def _bending_panels(figure, bending: Mapping[float, pd.DataFrame], indexes: Mapping[str, Mapping]) -> None:
+def papers_bending_weight(dataset: str, spacing_mm: float) -> float:
+    """The paper's best weight for other voxels: on voxels s times as large the same deformation has s^4 times the energy."""
+    return PAPERS_BENDING_WEIGHT * (PAPERS_VOXEL_MM.get(dataset, 1.0) / spacing_mm) ** 4
+
+
+def _bending_panels(
+    figure, bending: Mapping[float, pd.DataFrame], indexes: Mapping[str, Mapping], marks: Mapping[str, float]
+) -> None:
     """(1): one panel a metric, the bending weight on a logarithmic axis."""
     rows = pd.concat([part.assign(weight=weight) for weight, part in bending.items()])
     dataset = rows["dataset"].iloc[0]
@@ -109,6 +121,8 @@ def _bending_panels(figure, bending: Mapping[float, pd.DataFrame], indexes: Mapp
         means = np.array([np.nanmean(value) for value in values])
         bars = np.nan_to_num(np.abs(np.array([interval(value) for value in values]) - means[:, None]).T)
         ax.errorbar(list(bending), means, bars, color=colour(REFERENCE), marker="o", capsize=2, elinewidth=0.9, zorder=3)
+        lines = [ax.axvline(at, color=tint, ls=dash, lw=2.5, alpha=0.5, zorder=2)  # broad: an error bar may stand on it
+                 for at, tint, dash in zip(marks.values(), OTHERS[1:], ("-", (0, (4, 2))))]  # fmt: skip
         ax.set(xscale="log", xlabel="weight of the bending energy", ylabel=_axis_label(metric))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)
@@ -116,6 +130,9 @@ def _bending_panels(figure, bending: Mapping[float, pd.DataFrame], indexes: Mapp
         ax.text(1, 1.02, f"{arrow} better", transform=ax.transAxes, ha="right", va="bottom", fontsize=5.8, color="#555555")
         if metric == "dice":
             ax.text(-0.02, 1.04, "(1)", transform=ax.transAxes, ha="right", va="bottom", fontweight="bold")
+    if marks:
+        named = [f"{words}: {weight:,.0f}" for words, weight in marks.items()]
+        figure.legend(lines, named, loc="outside lower center", ncols=len(marks))
 
 
 def _distance(group: pd.DataFrame) -> str:

@@ -41,6 +41,7 @@ NEAR_BORDER = (2 / 3, 0.9)  # weights of the first and second control point from
 SPLINE = {2: 1.8, 3: 2.15, 4: 2.15, 5: 2.15, 6: 2.25}  # K of the continuous spline, by the largest grid size; else
 SPLINE_BEYOND = 2.5
 RESERVE = 0.99
+FAR = 1e15  # bounds; beyond it the square of a control point would be no number in single precision
 
 
 def _weights(g: int) -> Tensor:
@@ -115,8 +116,10 @@ def bounded(control_points: Tensor, shape: int | Shape) -> Tensor:
     """Control points c (B, 3, gw, gh, gd) in voxels, pressed into the bound r: c / √(1 + (c / r)²).
 
     Smooth, the identity to second order near zero, and with a slope that fades slowly (as c⁻³, where that of tanh is
-    lost in rounding ten bounds out), so that a network that starts outside can learn its way back.
+    lost in rounding ten bounds out), so that a network that starts outside can learn its way back. Infinite control
+    points end at the bound.
     """
     check_volume(control_points, 3, "control_points")
     bound = displacement_bound(tuple(control_points.shape[2:]), shape, control_points.device, control_points.dtype)
+    control_points = control_points.clamp(-FAR * bound, FAR * bound)
     return control_points * torch.rsqrt(1 + (control_points / bound).square())

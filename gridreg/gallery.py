@@ -36,7 +36,7 @@ def pictured_cases(data: Preprocessed, folder: Path | str, runs: list[str], case
             continue
         of_pair = cases[(cases["fixed"] == fixed) & (cases["moving"] == moving)].set_index("run")
         gathered.append({
-            "name": fixed,
+            "name": fixed, "pair": (fixed, moving),
             "fixed": data.image(fixed), "fixed_labels": data.labels(fixed),
             "moving": data.image(moving), "moving_labels": data.labels(moving),
             "methods": {run: _warped(stem) for run, stem in stems.items()},

@@ -116,7 +116,10 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     shape, size = tuple(displacement.shape[2:]), moving.shape[2:]
     learns = torch.is_grad_enabled() and (moving.requires_grad or displacement.requires_grad)
     if mode == "linear" and moving.device.type == "cpu" and not learns and min(size[:2]) > 1:
-        return torch.stack([_warp_by_planes(*pair) for pair in zip(moving, displacement)])
+        warped = moving.new_empty(*moving.shape[:2], *shape)
+        for triple in zip(moving, displacement, warped):
+            _warp_by_planes(*triple)
+        return warped
     axes = _normalised_axes(shape, displacement.device)
     volume, warped, first = moving.to(axes[0].dtype), [], 0
     for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=2):
@@ -127,8 +130,8 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     return torch.cat(warped, dim=2)
 
 
-def _warp_by_planes(moving: Tensor, displacement: Tensor) -> Tensor:
-    """``warp`` of one (C, W', H', D') volume by a (3, W, H, D) displacement, on a CPU and without gradients.
+def _warp_by_planes(moving: Tensor, displacement: Tensor, warped: Tensor) -> None:
+    """``warp`` of one (C, W', H', D') volume by a (3, W, H, D) displacement into (C, W, H, D), on a CPU, without gradients.
 
     PyTorch reads images with vector instructions, volumes without. So the planes of the volume stand below each other as
     one tall image, which is read twice at once: in the plane below each point and in the one above it.
@@ -139,7 +142,7 @@ def _warp_by_planes(moving: Tensor, displacement: Tensor) -> Tensor:
     volume = moving.double().contiguous()
     x, y, z = (torch.linspace(0, n - 1, m, dtype=torch.float64) for n, m in zip(moving.shape[1:], shape))
     x, y, z = x.view(-1, 1, 1), y.view(1, -1, 1) * row - 1, z * 2 / max(depth - 1, 1) - 1
-    warped, first = moving.new_empty(moving.shape[0], *shape), 0
+    first = 0
     for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=1):
         u, planes = slab.double(), slice(first, first + slab.shape[1])
         place = (u[0] + x[planes]).clamp_(0, width - 1 - INSIDE)
@@ -152,7 +155,6 @@ def _warp_by_planes(moving: Tensor, displacement: Tensor) -> Tensor:
             read = _read(tall.expand(len(at), -1, -1, -1), at)
             values[planes] = torch.lerp(read[:, 0], read[:, 1], place - plane)
         first += slab.shape[1]
-    return warped
 
 
 def transform_points(points: Tensor, displacement: Tensor) -> Tensor:

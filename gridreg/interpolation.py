@@ -82,6 +82,16 @@ def apply_along_axes(volume: Tensor, matrices: list[Tensor]) -> Tensor:
     return folded.unflatten(-1, (second.shape[0], third.shape[0]))
 
 
+def apply_channels_last(volume: Tensor, matrices: list[Tensor]) -> Tensor:
+    """The same for volumes (B, a, b, c, C), whose channels stand last: (B, A', B', C', C)."""
+    first, second, third = matrices
+    batch, _, b, c, channels = volume.shape
+    with torch.autocast(volume.device.type, enabled=False):
+        volume = first @ volume.to(first.dtype).reshape(batch, -1, b * c * channels)
+        volume = second @ volume.view(batch, len(first), b, c * channels)
+        return third @ volume.view(batch, len(first), len(second), c, channels)
+
+
 def upsample(control_points: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
     """Dense field of control-point values; differentiable.
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gridreg.errors import InputError
 from gridreg.figures import missing_figure
-from gridreg.panels import VIEWS, show_contour, show_slice
+from gridreg.panels import ALL_LETTERS, VIEWS, show_contour, show_slice
 from gridreg.style import FIXED_COLOUR, WARPED_COLOUR, add_caption, save_figure, styled
 
 
@@ -78,8 +78,7 @@ def dataset_landmarks(path: Path | str, data, view: str = "axial") -> Figure:
     outlined = len(data.index["labels"]) == 1  # the outlines of many would hide what lies below
     caption = (
         f"{view.capitalize()} slice through each landmark (yellow cross) of {pair['fixed']} (fixed) and {pair['moving']} "
-        f"(moving){', simulated, not patients' if simulated else ''}. {'Outlines: masks. ' if outlined else ''}R, L, A, P, S, I: the "
-        "patient's right, left, front, back, head, foot."
+        f"(moving){', simulated, not patients' if simulated else ''}. {'Outlines: masks. ' if outlined else ''}{ALL_LETTERS}"
     )
     images = {side: data.image(subject) for side, subject in pair.items()}
     landmarks = {side: data.landmarks(subject) or {} for side, subject in pair.items()}

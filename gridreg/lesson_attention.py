@@ -17,15 +17,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from gridreg.attention import HEAD_CHANNELS, HEADS, CrossAttention, token_positions, tokens_a_spacing
 from gridreg.cost import count, timed
 from gridreg.errors import InputError
 from gridreg.grid import Shape, check_grid_size
 from gridreg.interpolation import upsample
 from gridreg.methods import parameter_count
 from gridreg.metrics import tre_mm
-from gridreg.network import (
-    HEAD_CHANNELS, HEADS, CrossAttention, GridReg, resize, token_positions, tokens_a_spacing,
-)  # fmt: skip
+from gridreg.network import GridReg, resize
 from gridreg.pair import demo_case
 
 REPEATS = 3  # of a timing, of which the least counts

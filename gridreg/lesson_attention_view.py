@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from gridreg.grid import warp
+from gridreg.attention import HEADS
 from gridreg.lesson_attention import Pair, attend, early_exits, tokens_in_use
-from gridreg.network import HEADS, GridReg
+from gridreg.network import GridReg
 from gridreg.panels import show_slice
 from gridreg.style import COLOURS, MAGNITUDE, styled
 

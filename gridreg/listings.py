@@ -4,7 +4,7 @@
     table3    grid, width, upsampling, projector and Bayesian head of GridReg
     table4    regularity of the deformations
 
-Tables 2 and 3 compare the ablations of ``params.yaml`` with each other: their budget is shorter than that of Table 1.
+Tables 2 and 3 compare the ablations of ``params.yaml`` with each other: they have a budget of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from gridreg.published import Costs, reductions
 from gridreg.results import METRICS, chosen_rows, in_order, run_label
 from gridreg.stats import matched, summarise, two_sided
 from gridreg.tables import (
-    PAPER_MARKS, SIMULATED, Setting, Table, best_of, budgets_in_words, cohorts_in_words, cost_note, dataset_label, sizes_in_words,
+    DEPENDENT, PAPER_MARKS, SIMULATED, Setting, Table, best_of, cohorts_in_words, cost_note, dataset_label, setting_in_words,
+    sizes_in_words, test_pairs_in_words,
 )  # fmt: skip
 
 COLUMNS = ["group", "label", "run", "metric", "unit", "mean", "sd", "n", "failures", "p", "paper", "paper_note", "best"]
@@ -59,12 +60,15 @@ def bending_runs(params: Mapping[str, Any]) -> dict[float, str]:
 # --- the tables --------------------------------------------------------------------------------------------------
 
 
-def table2(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Mapping[str, Any], index: Mapping[str, Any]) -> Table:
+def table2(
+    cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Mapping[str, Any], index: Mapping[str, Any], setting: Setting
+) -> Table:  # fmt: skip
     """Encoder layers against accuracy and memory.
 
     cases, budgets  of the ablations, as from ``gridreg.results``; empty where none was run
     costs           ``published.costs`` of them
     index           ``index.json`` of their dataset
+    setting         of Table 1, with whose budgets theirs are compared
     """
     rows = []
     for method in (KEYMORPH, GRIDREG):
@@ -76,10 +80,13 @@ def table2(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Map
             rows += _row(run_label(method) if method == KEYMORPH else "GridReg", label, run, reference, cases, costs, paper)
     title = f"Encoder layers: test pairs of {_named(params, index)}, the paper's values below ours."
     defaults = "9 layers for KeyMorph, 5 for GridReg"
-    return Table("table2", title, _finish(rows), _notes(params, budgets, costs, index, defaults), listing=True)
+    notes = _notes(params, cases, budgets, costs, index, setting, defaults, [KEYMORPH])
+    return Table("table2", title, _finish(rows), notes, listing=True)
 
 
-def table3(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Mapping[str, Any], index: Mapping[str, Any]) -> Table:
+def table3(
+    cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Mapping[str, Any], index: Mapping[str, Any], setting: Setting
+) -> Table:  # fmt: skip
     """GridReg's configurations; arguments as of ``table2``."""
     runs, rows = configurations(params), []
     for number, one in TABLE3.items():
@@ -88,8 +95,8 @@ def table3(cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, params: Map
         words += ["no projector"] * (not one.projector) + ["Bayesian"] * one.bayesian + ["(default)"] * (number == 4)
         rows += _row("", f"{number}: {', '.join(words)}".replace(", (", " ("), runs[number], runs[4], cases, costs, paper)
     title = f"Configurations of GridReg: test pairs of {_named(params, index)}, the paper's values below ours."
-    notes = _notes(params, budgets, costs, index, "configuration 4")
-    return Table("table3", title, _finish(rows), notes + _spread(cases, params), listing=True)
+    notes = _notes(params, cases, budgets, costs, index, setting, "configuration 4")
+    return Table("table3", title, _finish(rows), notes + seed_spread(cases, params, MEASURED), listing=True)
 
 
 def table4(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]], setting: Setting) -> Table:
@@ -103,10 +110,10 @@ def table4(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]], settin
             rows += _row(group, run_label(run), run, None, own, None, paper, REGULARITY)
     notes = [SIMULATED] if any(index["simulated"] for index in indexes.values()) else []
     notes += [
-        f"Profile {setting.profile}. {budgets_in_words(setting)} {sizes_in_words(setting)}".strip(),
-        "Mean ± SD over test pairs; bold: best of a column within a dataset, equal as printed being equal. Mean and SD of "
-        "log det J are taken within the fixed mask, folding (voxels with det J ≤ 0; the paper counts < 0) and "
-        "non-diffeomorphic volume in the whole image.",
+        setting_in_words(setting),
+        f"Mean ± SD over test pairs ({test_pairs_in_words(cases, indexes)}); bold: best of a column within a dataset, equal as "
+        "printed being equal, nothing where all are. Mean and SD of log det J are taken within the fixed mask, folding (voxels "
+        "with det J ≤ 0; the paper counts < 0) and non-diffeomorphic volume in the whole image.",
         "The paper's mean and SD of log det J cannot be read; its Dataset 2 and ANTs SyN are not in its Table 4.",
     ]
     title = f"Regularity of the deformations: test pairs of {cohorts_in_words(datasets, indexes)}, the paper's folding below ours."
@@ -155,32 +162,50 @@ def _named(params: Mapping[str, Any], index: Mapping[str, Any]) -> str:
     return dataset_label(params["ablation"]["dataset"], bool(index["simulated"])) if index else "a dataset (not run here)"
 
 
-def _notes(params, budgets: pd.DataFrame, costs: Costs, index: Mapping[str, Any], default: str) -> list[str]:
+def _notes(
+    params: Mapping[str, Any], cases: pd.DataFrame, budgets: pd.DataFrame, costs: Costs, index: Mapping[str, Any], setting: Setting,
+    default: str, peers: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """Of Tables 2 and 3; ``peers`` are the bases, beside GridReg, that the table has."""
     notes = [SIMULATED] if index and index["simulated"] else []
-    budget = {(int(row.steps), int(row.batch)) for row in budgets.itertuples()}
-    words = "; ".join(f"{steps:,} steps × batch {batch}" for steps, batch in sorted(budget)) or "none"
-    smaller = "; ".join(reductions(params["ablation"].get("base", {})))
-    size = f" Smaller than published, for this profile: {smaller}." if smaller else ""
+    bases = params["ablation"].get("base", {})
+    size = sizes_in_words("; ".join(reductions({name: bases[name] for name in peers if name in bases})))
+    pairs = f" ({test_pairs_in_words(cases, {params['ablation']['dataset']: index})})" if len(cases) else ""
+    budget = _budget(budgets, setting.budgets.get(params["ablation"].get("dataset"), {}))
     notes += [
-        f"Profile {params['profile']}. Training budget of every run: {words}, shorter than in Table 1; rows compare with each "
-        f"other alone.{size}",
-        "Mean ± SD over test pairs; bold: best of the column, equal as printed being equal. p: two-sided paired t-test "
+        f"Profile {params['profile']}. {budget} {size}".strip(),
+        f"Mean ± SD over test pairs{pairs}; bold: best of the column, equal as printed being equal. p: two-sided paired t-test "
         f"against the default ({default}), no correction for their number. –: not run in this profile.",
+        DEPENDENT,
         cost_note(costs),
-        f"{PAPER_MARKS}; blank: cannot be read, or not in the paper.",
+        PAPER_MARKS,
+        "The paper's memory is that of Dataset 1.",
     ]
     return notes
 
 
-def _spread(cases: pd.DataFrame, params: Mapping[str, Any]) -> list[str]:
+def _budget(budgets: pd.DataFrame, main: Mapping[str, tuple[int, int]]) -> str:
+    """The budget of the ablations, and how it compares with ``main``, those of the runs of Table 1."""
+    own = sorted({(int(row.steps), int(row.batch)) for row in budgets.itertuples()})
+    words = "; ".join(f"{steps:,} steps × batch {batch}" for steps, batch in own) or "none"
+    samples, others = ({steps * batch for steps, batch in some} for some in (own, main.values()))
+    beside = ""
+    if samples and samples == others:
+        beside = ", as in Table 1"
+    elif samples and others and (max(samples) < min(others) or min(samples) > max(others)):
+        beside = f", {'shorter' if max(samples) < min(others) else 'longer'} than in Table 1"
+    return f"Training budget of every run: {words}{beside}; rows compare with each other alone."
+
+
+def seed_spread(cases: pd.DataFrame, params: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """How much trainings of the default differ by their seed alone: what a difference in the table is to be held against."""
     runs = [run for run in seeds(params) if len(cases) and run in set(cases["run"])]
     if len(runs) < 2:
         return []
-    means = chosen_rows(cases).groupby("run")[list(MEASURED)].mean().loc[runs]
+    means = chosen_rows(cases).groupby("run")[list(metrics)].mean().loc[runs]
     parts = [
         f"{METRICS[metric].label} {', '.join(METRICS[metric].format.format(value) for value in means[metric])}"
         + (f" {METRICS[metric].unit}" if METRICS[metric].unit else "")
-        for metric in MEASURED if means[metric].notna().all()
+        for metric in metrics if means[metric].notna().all()
     ]  # fmt: skip
-    return [f"The default, trained with {len(runs)} seeds: {'; '.join(parts)}. The t-test knows nothing of this spread."]
+    return [f"The default, trained with {len(runs)} seeds: {'; '.join(parts)}. No test or interval knows of this spread."]

@@ -6,18 +6,24 @@ image), so that its weights keep their meaning.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import combinations_with_replacement
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gridreg.grid import Shape, as_shape, check_volume, voxel_coordinates
+from gridreg.grid import Shape, as_shape, check_volume, voxel_coordinates, warp
 from gridreg.interpolation import apply_along_axes, basis
 
 NOISE = 0.02  # of images in [0, 1]: a residual below it says nothing about the displacement
 WIDEST = 0.1  # standard deviation, in image widths, of a displacement about which the image says nothing
+LAMBDA0 = 1.0  # of equation 2, for which the paper has no number: with 1 the best σ̂² is the squared displacement itself
+FLAT = 1e-4  # of the variance of an image: windows with less hold nothing to correlate
+BINS = 23  # of a histogram, along each axis
+FEW_LABELS = 8  # up to here, a mask for each is the faster way to their Dice
 
 
 def mse(fixed: Tensor, warped: Tensor) -> Tensor:
@@ -25,24 +31,42 @@ def mse(fixed: Tensor, warped: Tensor) -> Tensor:
     return (fixed - warped).square().mean()
 
 
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)  # what is kept must serve a training too
-def _local_ncc(window: int):
-    from monai.losses import LocalNormalizedCrossCorrelationLoss  # here, not above: MONAI takes seconds to import
+def _standardised(image: Tensor) -> Tensor:
+    """Each case with mean 0 and standard deviation 1: gain and bias are gone. A constant image is 0."""
+    centred = image - image.mean((1, 2, 3, 4), keepdim=True)
+    return centred * (centred.square().mean((1, 2, 3, 4), keepdim=True) + 1e-12).rsqrt()
 
-    return LocalNormalizedCrossCorrelationLoss(spatial_dims=3, kernel_size=window)
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve a training too
+def _window_means(n: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n, n) weights of the mean over those of ``window`` voxels around each voxel that lie inside the image."""
+    place = torch.arange(n, dtype=torch.float64)
+    inside = ((place[:, None] - place).abs() <= window // 2).to(torch.float64)
+    return (inside / inside.sum(1, keepdim=True)).to(device, dtype)
 
 
 def ncc(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
     """Minus the squared local normalised cross-correlation of two (B, 1, W, H, D) images: a scalar in [-1, 0].
 
-    Over a cube of ``window`` voxels around every voxel. Blind to gain, bias and contrast that change slowly, which the
-    MSE is not.
+    Mean over every voxel of cov² / (var var) in the cube of ``window`` (odd) voxels around it; at the border, in the part
+    of the cube that lies inside. Blind to gain, bias and contrast that change slowly, which the MSE is not. A cube of less
+    variance than ``FLAT`` of the whole image's counts as flat and tends to 0: there is only noise to correlate.
     """
-    return _local_ncc(window)(warped, fixed)
+    fixed, warped = _standardised(fixed), _standardised(warped)
+    means = [_window_means(n, window, fixed.device, fixed.dtype) for n in fixed.shape[2:]]
+    products = [fixed, warped, fixed * fixed, warped * warped, fixed * warped]
+    f, w, ff, ww, fw = apply_along_axes(torch.cat(products, dim=1), means).unbind(1)
+    variances = [(square - mean * mean).clamp(min=0) + FLAT for mean, square in ((f, ff), (w, ww))]
+    return -((fw - f * w).square() / (variances[0] * variances[1])).mean()
 
 
-@lru_cache(maxsize=4)
+def global_ncc(fixed: Tensor, warped: Tensor) -> Tensor:
+    """Minus the squared correlation of all values of two (B, 1, ...) volumes, mean over the cases: in [-1, 0]."""
+    return -(_standardised(fixed) * _standardised(warped)).mean((1, 2, 3, 4)).square().mean()
+
+
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _mutual_information(bins: int):
     from monai.losses import GlobalMutualInformationLoss
@@ -50,7 +74,7 @@ def _mutual_information(bins: int):
     return GlobalMutualInformationLoss(num_bins=bins)
 
 
-def mutual_information(fixed: Tensor, warped: Tensor, bins: int = 23) -> Tensor:
+def mutual_information(fixed: Tensor, warped: Tensor, bins: int = BINS) -> Tensor:
     """Minus the mutual information of two (B, 1, ...) images in [0, 1]: a scalar, in nats.
 
     From a joint histogram with Gaussian Parzen windows. Blind to any one-to-one change of contrast, so fit for images
@@ -59,7 +83,28 @@ def mutual_information(fixed: Tensor, warped: Tensor, bins: int = 23) -> Tensor:
     return _mutual_information(bins)(warped, fixed)
 
 
+def coarse_mutual_information(fixed: Tensor, warped: Tensor) -> Tensor:
+    """``mutual_information`` of few values, of control points: with 5 of them to a bin of the joint histogram, or more.
+
+    With fewer, any two images seem to know of each other.
+    """
+    return mutual_information(fixed, warped, min(max(math.isqrt(fixed[0].numel() // 5), 2), BINS))
+
+
 SIMILARITIES = {"mse": mse, "ncc": ncc, "mi": mutual_information}
+AT_CONTROL_POINTS = {"mse": mse, "ncc": global_ncc, "mi": coarse_mutual_information}  # these have no neighbourhood
+
+
+def similarity(name: str, fixed: Tensor, warped: Tensor, grid_size: Shape | None = None) -> Tensor:
+    """L_sim without uncertainty: at image level, and at the control points where there are any: a scalar.
+
+    name ``SIMILARITIES``; fixed, warped (B, 1, W, H, D) in [0, 1]. Both levels are of one kind: where contrasts differ, a
+    squared difference is wrong at either.
+    """
+    total = SIMILARITIES[name](fixed, warped)
+    if grid_size is None:
+        return total
+    return total + AT_CONTROL_POINTS[name](*(at_control_points(volume, grid_size) for volume in (fixed, warped)))
 
 
 def information(fixed: Tensor, window: int = 5) -> Tensor:
@@ -72,7 +117,7 @@ def information(fixed: Tensor, window: int = 5) -> Tensor:
 
 
 def uncertainty(fixed: Tensor, warped: Tensor, told: Tensor, variance: Tensor, widest: Tensor) -> Tensor:
-    """L_unc of one Monte-Carlo sample: mean of Sim / σ̂² + log σ̂² (paper, equation 2, λ0 = 1): a scalar.
+    """L_unc of one Monte-Carlo sample: mean of Sim / σ̂² + λ0 log σ̂² (paper, equation 2): a scalar.
 
     fixed, warped  (B, 1, W, H, D) intensities in [0, 1]
     told           (B, 1, W, H, D) ``information`` of the fixed image
@@ -85,7 +130,7 @@ def uncertainty(fixed: Tensor, warped: Tensor, told: Tensor, variance: Tensor, w
     regions, where least is known.
     """
     squared = ((fixed - warped).square() + NOISE**2) / (told + NOISE**2 / widest**2)
-    return (squared / variance + variance.log()).mean()
+    return (squared / variance + LAMBDA0 * variance.log()).mean()
 
 
 def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
@@ -111,8 +156,17 @@ def label_dice(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list
 
     fixed, moving (B, 1, W, H, D) label maps of any integer type, displacement (B, 3, W, H, D) in voxels.
 
-    No mask is ever formed, so time and memory do not depend on how many labels there are: each voxel reads the labels
-    of the eight moving voxels around the point it is sent to, whose interpolation weights are then summed by label.
+    Beyond ``FEW_LABELS`` no mask is formed, so that time and memory do not grow with the number of labels.
+    """
+    if len(values) > FEW_LABELS:
+        return _dice_without_masks(fixed, moving, displacement, values)
+    masks = [torch.cat([labels == v for v in values], dim=1).to(displacement.dtype) for labels in (fixed, moving)]
+    return dice(masks[0], warp(masks[1], displacement))
+
+
+def _dice_without_masks(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> Tensor:
+    """``label_dice``: each voxel reads the labels of the eight moving voxels around the point it is sent to, whose
+    interpolation weights are summed by label, in float64: in float32 a sum of millions no longer sees one more.
     """
     batch, labels = fixed.shape[0], len(values) + 1  # number 0 is everything that is not in values
     size = torch.tensor(moving.shape[2:], device=fixed.device)
@@ -125,18 +179,24 @@ def label_dice(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list
     point = voxel_coordinates(tuple(displacement.shape[2:]), fixed.device) + displacement
     point = point.flatten(2).nan_to_num().clamp(min=torch.zeros_like(last), max=last)  # (B, 3, N)
     low = point.detach().floor().long().clamp(max=(last - 1).clamp(min=0))
-    share = point - low  # of the upper neighbour, along each axis
-    overlap = warped_total = displacement.new_zeros(batch * labels)
-    for corner in torch.cartesian_prod(*[torch.arange(2, device=fixed.device)] * 3):
-        x, y, z = torch.minimum(low + corner.view(3, 1), last).unbind(1)
+
+    def read(corner: Tensor, point: Tensor) -> Tensor:
+        """(B · labels, 2) what one of the eight neighbours adds to the overlap and to the sum of each warped mask."""
+        x, y, z = torch.minimum(low + corner, last).unbind(1)
         found = moving.gather(1, (x * size[1] + y) * size[2] + z)
-        weight = torch.where(corner.view(3, 1).bool(), share, 1 - share).prod(1)
-        warped_total = warped_total.index_add(0, found.flatten(), weight.flatten())
-        overlap = overlap.index_add(0, found.flatten(), (weight * (found == fixed)).flatten())
-    total = warped_total + torch.bincount(fixed.flatten(), minlength=batch * labels)
+        share = point - low  # of the upper neighbour, along each axis
+        weight = torch.where(corner.bool(), share, 1 - share).prod(1).double()
+        of_both = torch.stack([weight * (found == fixed), weight], dim=-1).flatten(0, 1)
+        return weight.new_zeros(batch * labels, 2).index_add(0, found.flatten(), of_both)
+
+    corners = torch.cartesian_prod(*[torch.arange(2, device=fixed.device)] * 3).view(8, 3, 1)
+    sums = sum(checkpoint(read, corner, point, use_reentrant=False) for corner in corners)  # one in memory at a time
+    overlap, total = sums.unbind(1)
+    total = total + torch.bincount(fixed.flatten(), minlength=batch * labels)
     total, overlap = (t.view(batch, labels)[:, 1:] for t in (total, overlap))
     present = total > 0
-    return 1 - (2 * overlap[present] / total[present]).mean() if present.any() else total.sum() * 0
+    loss = 1 - (2 * overlap[present] / total[present]).mean() if present.any() else total.sum() * 0
+    return loss.to(displacement.dtype)
 
 
 def _difference(n: int, order: int) -> Tensor:
@@ -188,25 +248,26 @@ def bending_energy(displacement: Tensor) -> Tensor:
 
 @lru_cache(maxsize=128)
 @torch.inference_mode(False)
-def _gram(n: int, g: int, order: int, method: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(g, g) mean over voxels of the products of two basis functions' derivatives along one axis."""
+def _gram(n: int, g: int, order: int, method: str, device: torch.device) -> Tensor:
+    """(g, g) mean over voxels of the products of two basis functions' derivatives along one axis, float64."""
     derivative = _difference(n, order) @ basis(n, g, method, dtype=torch.float64)
-    return (derivative.T @ derivative / len(derivative)).to(device, dtype)
+    return (derivative.T @ derivative / len(derivative)).to(device)
 
 
 def grid_bending_energy(control_points: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
     """``bending_energy(upsample(control_points, shape, method))``, exactly, without forming the dense field.
 
     The dense energy is a quadratic form of the control points whose matrix is a Kronecker product of one (g, g) Gram
-    matrix an axis, so it costs O(G·g) instead of six passes over all voxels.
+    matrix an axis, so it costs O(G·g) instead of six passes over all voxels. It is computed in float64: a shift that all
+    control points share cancels in it, and in float32 would leave its rounding behind.
 
     control_points (B, 3, gw, gh, gd) in voxels of an image of ``shape``. Returns a scalar.
     """
     check_volume(control_points, 3, "control_points")
     shape = as_shape(shape, "shape")
-    t = _to_normalised(control_points, shape)
+    t = _to_normalised(control_points.double(), shape)
     energy = t.new_zeros(())
     for multiplicity, orders in _second_derivatives():
-        grams = [_gram(n, g, o, method, t.device, t.dtype) for n, g, o in zip(shape, t.shape[2:], orders)]
+        grams = [_gram(n, g, o, method, t.device) for n, g, o in zip(shape, t.shape[2:], orders)]
         energy = energy + multiplicity * (t * apply_along_axes(t, grams)).sum() / t.shape[0]
-    return energy
+    return energy.to(control_points.dtype)

@@ -27,19 +27,21 @@ class Identity(nn.Module):
 class VoxelMorph(nn.Module):
     """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
 
-    width, levels  features at each level, and levels; the package's own are 16 and 5. It predicts the displacement
-                   itself (no integration of a velocity), the dense field the paper compares with: it reports folds.
+    width, levels      features at each level, and levels
+    integration_steps  squarings of the velocity that it predicts; 0: it predicts the displacement itself, as in the paper,
+                       which reports folds of it
 
-    Images are zero-padded to the multiple of 2^levels that it needs, and the field is cropped back.
+    The defaults are the package's own. Images are zero-padded to the multiple of 2^levels that it needs, and the field
+    is cropped back.
     """
 
-    def __init__(self, width: int = 16, levels: int = 5):
+    def __init__(self, width: int = 16, levels: int = 5, integration_steps: int = 5):
         super().__init__()
         from voxelmorph.nn.models import VxmPairwise  # here, not above: importing it takes seconds
 
         self.multiple = 2**levels
         self.network = VxmPairwise(
-            ndim=3, source_channels=1, target_channels=1, nb_features=[width] * levels, integration_steps=0
+            ndim=3, source_channels=1, target_channels=1, nb_features=[width] * levels, integration_steps=integration_steps
         )
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
@@ -80,7 +82,7 @@ def _gridreg(run: dict[str, Any]) -> nn.Module:
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "identity": lambda run: Identity(),
     "syn": _syn,
-    "voxelmorph": lambda run: VoxelMorph(**_given(run, "width", "levels")),
+    "voxelmorph": lambda run: VoxelMorph(**_given(run, "width", "levels", "integration_steps")),
     "transmorph": _transmorph,
     "keymorph": _keymorph,
     "gridreg": _gridreg,

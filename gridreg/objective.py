@@ -26,8 +26,6 @@ def similarity_loss(
 ) -> Tensor:
     """Similarity at image level, and at the control points where there are any (paper, section 3.3): a scalar.
 
-    At the control points it is always the MSE: they have no neighbourhood to correlate over.
-
     For a Bayesian registration the uncertainty-weighted loss (equation 2) is added. It draws ``samples`` displacements
     on the grid, T = μ + σ ε, and teaches σ alone: μ learns from the loss it would have without σ. Were it to learn
     from the samples, a σ beyond the size of the texture would hide the image from it, and then have every reason to
@@ -35,12 +33,9 @@ def similarity_loss(
     for σ alone learns from does not matter, but the features, which both heads share, are then shaped by μ.
     """
     warped = warp(moving, registration.displacement)
-    total = losses.SIMILARITIES[similarity](fixed, warped)
-    if registration.control_points is None:
-        return total
     mean, sigma = registration.control_points, registration.sigma
-    grid, shape = tuple(mean.shape[2:]), tuple(fixed.shape[2:])
-    total = total + losses.mse(*(losses.at_control_points(volume, grid) for volume in (fixed, warped)))
+    grid, shape = None if mean is None else tuple(mean.shape[2:]), tuple(fixed.shape[2:])
+    total = losses.similarity(similarity, fixed, warped, grid)
     if sigma is None:
         return total
     told, widest = losses.information(fixed), losses.WIDEST * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)

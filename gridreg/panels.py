@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 
 from gridreg.errors import InputError
 from gridreg.results import METRICS, run_label
@@ -27,6 +28,9 @@ VIEWS = {
     "coronal": (1, 0, 2, "RLSI"),
     "sagittal": (0, 1, 2, "APSI"),
 }
+AXIAL_LETTERS = "R, L, A, P: the patient's right, left, front, back."
+ALL_LETTERS = "R, L, A, P, S, I: the patient's right, left, front, back, head, foot."
+_OUTLINE = [withStroke(linewidth=1.4, foreground="black")]  # white letters stay readable on bright tissue
 
 
 def central_voxel(labels: np.ndarray | None, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -61,7 +65,7 @@ def show_slice(
         for name, (x, y) in zip(VIEWS[view][3], [(0.04, 0.5), (0.96, 0.5), (0.5, 0.96), (0.5, 0.04)]):
             ha = "left" if x < 0.1 else "right" if x > 0.9 else "center"
             va = "bottom" if y < 0.1 else "top" if y > 0.9 else "center"
-            ax.text(x, y, name, transform=ax.transAxes, ha=ha, va=va, fontsize=5.5, color="white", alpha=0.85)
+            ax.text(x, y, name, transform=ax.transAxes, ha=ha, va=va, fontsize=6, color="white", path_effects=_OUTLINE)
     return drawn
 
 
@@ -138,9 +142,9 @@ def registration_figure(
 
     Every case holds ``fixed`` (W, H, D) in [0, 1], ``moving`` likewise, and ``methods``: run → (warped (W, H, D),
     warped_labels (W, H, D) or None, displacement (3, W, H, D) voxels or None); optionally ``fixed_labels``,
-    ``moving_labels``, ``name`` and ``scores``: run → {"dice", "tre_mm" …}, "identity" standing under the moving image. The
-    slice goes through the centroid of the fixed labels. ``groups`` of label values get a contour each, else all labels
-    together. Writes ``<path>.png`` and ``<path>.pdf``.
+    ``moving_labels``, ``name``, ``pair`` (fixed, moving) and ``scores``: run → {"dice", "tre_mm" …}, "identity" standing
+    under the moving image. The slice goes through the centroid of the fixed labels. ``groups`` of label values get a
+    contour each, else all labels together. Writes ``<path>.png`` and ``<path>.pdf``.
     """
     if not cases:
         raise InputError(f"{path}: no case to show, expected at least one test pair")
@@ -201,37 +205,45 @@ def _grid_row(
     row[1].text(0.98, 0.5, "deformed\ngrid", transform=row[1].transAxes, ha="right", va="center", fontsize=7)
 
 
-def figure5(
-    path: Path | str, cases: Sequence[Mapping[str, Any]], methods: Sequence[str], spacing_mm: Sequence[float],
+def cohort_registrations(
+    path: Path | str, what: str, cases: Sequence[Mapping[str, Any]], methods: Sequence[str], spacing_mm: Sequence[float],
     simulated: bool = True, deformed_grid: bool = True, note: str = "", groups: Sequence[Sequence[int]] | None = None,
 ) -> Figure:  # fmt: skip
-    """Figure 5, prostate (up to four cases of one dataset); arguments as in ``registration_figure``."""
-    which = "Prostate registration" + (" (simulated)" if simulated else "")
-    caption = _caption("prostate", simulated, cases, note)
-    return registration_figure(path, cases[:4], methods, spacing_mm, which, caption, "axial", groups, deformed_grid)
+    """``registration_figure`` of a cohort, say "prostate", with a title and a caption that say what is seen."""
+    title = f"{what[:1].upper()}{what[1:]} registration" + (" (simulated)" if simulated else "")
+    caption = _caption(what, simulated, cases, deformed_grid, note)
+    return registration_figure(path, cases, methods, spacing_mm, title, caption, "axial", groups, deformed_grid)
 
 
-def figure6(
-    path: Path | str, cases: Sequence[Mapping[str, Any]], methods: Sequence[str], spacing_mm: Sequence[float],
-    simulated: bool = True, deformed_grid: bool = True, note: str = "", groups: Sequence[Sequence[int]] | None = None,
-) -> Figure:  # fmt: skip
-    """Figure 6, brain (up to two cases); arguments as in ``registration_figure``."""
-    which = "Brain registration" + (" (simulated)" if simulated else "")
-    caption = _caption("brain", simulated, cases, note)
-    return registration_figure(path, cases[:2], methods, spacing_mm, which, caption, "axial", groups, deformed_grid)
+def figure5(path: Path | str, cases: Sequence[Mapping[str, Any]], *arguments: Any, **more: Any) -> Figure:
+    """Figure 5, prostate, up to four cases; arguments as in ``cohort_registrations``."""
+    return cohort_registrations(path, "prostate", cases[:4], *arguments, **more)
 
 
-def _caption(what: str, simulated: bool, cases: Sequence[Mapping[str, Any]], note: str) -> str:
-    """What is seen; masks are named only where they are drawn."""
+def figure6(path: Path | str, cases: Sequence[Mapping[str, Any]], *arguments: Any, **more: Any) -> Figure:
+    """Figure 6, brain, up to two cases; arguments as in ``cohort_registrations``."""
+    return cohort_registrations(path, "brain", cases[:2], *arguments, **more)
+
+
+def _caption(what: str, simulated: bool, cases: Sequence[Mapping[str, Any]], deformed_grid: bool, note: str) -> str:
+    """What is seen; masks, grids and scores are explained only where there are any."""
     fixed = any(case.get("fixed_labels") is not None for case in cases)
+    results = [result for case in cases for result in case["methods"].values()]
     shown = any(case.get("moving_labels") is not None for case in cases)
-    shown |= any(labels is not None for case in cases for _, labels, _ in case["methods"].values())
+    shown |= any(labels is not None for _, labels, _ in results)
+    scores = [score for case in cases for score in case.get("scores", {}).values()]
     where = "centroid of the fixed mask" if fixed else "centre of the fixed image"
     parts = [f"Simulated {what} cohort, not patients."] if simulated else []
     masks = ["orange: fixed mask"] * fixed + ["blue: mask of the image shown"] * shown
-    parts += [f"Axial slice through the {where}" + (f"; {', '.join(masks)}." if masks else ".")]
-    parts += ["R, L, A, P: the patient's right, left, front, back.", note]
-    return " ".join(part for part in parts if part)
+    parts += [f"Axial slice through the {where}" + (f"; {', '.join(masks)}." if masks else "."), AXIAL_LETTERS]
+    if deformed_grid and any(field is not None for _, _, field in results):
+        parts += ["Deformed grid: lines of the fixed image, carried to the moving image by the displacement found, in the slice."]
+    if any(np.isfinite(score.get("tre_mm", np.nan)) for score in scores):
+        inside = "over the fixed mask" if fixed else "over the image"
+        parts += [f"TRE: distance between the displacement found and the true one, mean {inside}, all slices."]
+    pairs = ["{} and {}".format(*case["pair"]) for case in cases if "pair" in case]
+    parts += [f"Rows (fixed and moving image): {'; '.join(pairs)}."] * bool(pairs)
+    return " ".join(part for part in [*parts, note] if part)
 
 
 def cohort_picture(
@@ -244,7 +256,7 @@ def cohort_picture(
     """Contact sheet: three orthogonal views through the mask centroid per subject, with the mask outline.
 
     Every case holds ``image`` (W, H, D) in [0, 1], ``name``, ``spacing_mm`` (3 numbers) and optionally ``labels`` (W, H, D).
-    The title should say that a cohort is simulated. Writes ``<path>.png`` and ``<path>.pdf``.
+    ``cohort_caption`` makes a caption. Writes ``<path>.png`` and ``<path>.pdf``.
     """
     if not cases:
         raise InputError(f"{path}: no subject to show, expected at least one")
@@ -268,3 +280,10 @@ def cohort_picture(
             add_caption(figure, caption)
         save_figure(figure, path)
     return figure
+
+
+def cohort_caption(simulated: bool, outlined: bool) -> str:
+    """The caption of a ``cohort_picture``."""
+    origin = "Simulated cohort, not patients. " if simulated else ""
+    where = "centroid of the mask (orange)" if outlined else "centre of the image"
+    return f"{origin}Slices through the {where}. {ALL_LETTERS}"

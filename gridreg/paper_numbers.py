@@ -214,16 +214,24 @@ TABLE3: dict[int, Ablation] = {
 FIGURE8_TEXT = "paper, Dataset 1: p > 0.205 at every grid but Dice at grid 5 (adaptive +0.02, p = 0.043)"
 
 
+def facing_text(dataset: str, metric: str, run: str) -> tuple[str, str]:
+    """What stands below our cell, and the notes on it: the paper's value, of memory those of Datasets 1 / 2 / 3; "", if none."""
+    if metric != "memory_mb":
+        value = facing(dataset, metric, run)
+        return (value.text(metric), value.note) if value else ("", "")
+    values = [facing(name, "peak_mb", run) for name in PAPER_DATASETS]
+    if not any(values):
+        return "", ""
+    return " / ".join(value.text(metric) if value else "–" for value in values), "; ".join(v.note for v in values if v and v.note)
+
+
 def facing(dataset: str, metric: str, run: str) -> Printed | None:
     """The paper's value that faces our cell (``dataset`` "" for rows over all datasets), or None where none can be read.
 
-    Only the three datasets of the paper have one; of our GridReg runs only the adaptive and the Bayesian one do. The memory
-    of all datasets is that of Dataset 1, whose images have the size that the benchmark measures.
+    Only the three datasets of the paper have one; of our GridReg runs only the adaptive and the Bayesian one do.
     """
     column = PAPER_COLUMN.get(run)
     if column is None:
         return None
-    if metric == "memory_mb":
-        dataset, metric = "prostate", "peak_mb"
     rows = TABLE4_FOLDING.get(dataset, {}) if metric == "folding_percent" else TABLE1.get((dataset, metric), {})
     return rows.get(column)

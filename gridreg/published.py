@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,7 @@ class Costs(NamedTuple):
     shape: str  # of the images, "128x128x102"
     device: str
     threads: int
+    notes: Mapping[str, str] = MappingProxyType({})  # run → what the benchmark says of its row
 
     def in_words(self) -> str:
         where = f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}"
@@ -92,7 +94,7 @@ def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
     here = frame[frame["shape"] == shape]
     registered, varied = (here[here["task"] == task] for task in ("register", "variant"))
     measured = variants(runs)
-    rows = {}
+    rows, notes = {}, {}
     for name, run in runs.items():
         grid = "x".join(map(str, cost_grid(run) or ()))
         if is_default(run) or run["method"] in UNTRAINED:  # what is not trained has its package's own settings there
@@ -103,8 +105,10 @@ def costs(frame: pd.DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Costs:
             row = row.iloc[0]
             memory = row["peak_mb"] if str(row["device"]).startswith("cuda") else row["memory_mb"]
             rows[name] = {"parameters": row["parameters"], "memory_mb": memory, "seconds": row["seconds"]}
+            if row["note"]:
+                notes[name] = row["note"]
     found = pd.DataFrame.from_dict(rows, orient="index", columns=["parameters", "memory_mb", "seconds"], dtype=float)
-    return Costs(found, shape, str(frame["device"].iloc[0]), int(frame["threads"].iloc[0]))
+    return Costs(found, shape, str(frame["device"].iloc[0]), int(frame["threads"].iloc[0]), notes)
 
 
 def reductions(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -18,6 +18,8 @@ from gridreg.interpolation import upsample
 from gridreg.network import Registration
 
 LEARNING_RATE = 0.005  # in image widths: 0.16 of 32 voxels, 0.64 of 128
+SAME = 1e-3  # of the largest control point: two fields that differ by less are one
+ROUNDING = 1e-5  # of the bound, which has a reserve of a hundredth
 
 
 def default_bending_weight(shape: Shape) -> float:
@@ -31,9 +33,8 @@ def unsupervised_loss(
     """Similarity at image level and at the control points, and bending energy, as in training: a scalar."""
     shape, grid_size = tuple(fixed.shape[2:]), tuple(control_points.shape[2:])
     warped = warp(moving, upsample(control_points, shape, upsampling))
-    at_grid = [losses.at_control_points(volume, grid_size) for volume in (fixed, warped)]
     bending = losses.grid_bending_energy(control_points, shape, upsampling)
-    return losses.SIMILARITIES[similarity](fixed, warped) + losses.mse(*at_grid) + bending_weight * bending
+    return losses.similarity(similarity, fixed, warped, grid_size) + bending_weight * bending
 
 
 def _refine_case(
@@ -80,11 +81,11 @@ def refine(
     similarity      one of ``losses.SIMILARITIES``, as in training
     bending_weight  None: the paper's, scaled to the image (``default_bending_weight``)
     upsampling      the network's
-    fold_free       the network's; control points are kept within ``fold_free.displacement_bound`` (others than a
-                    fold-free network's are brought there first)
+    fold_free       the network's; control points are kept within ``fold_free.displacement_bound``
 
     Works inside ``torch.inference_mode`` and ``no_grad`` too. What is given stays as it is; ``sigma`` is passed on.
-    ValueError without control points, on a negative number of steps, shapes that do not fit, or unknown names.
+    ValueError without control points, or those of another upsampling or outside the bound of ``fold_free``; on a
+    negative number of steps, shapes that do not fit, or unknown names.
     """
     if registration.control_points is None:
         raise ValueError("the registration has no control points to refine; expected one of a method with a grid")
@@ -100,16 +101,20 @@ def refine(
     if moving.shape != fixed.shape or tuple(registration.displacement.shape) != expected:
         found = f"moving {tuple(moving.shape)} and the displacement {tuple(registration.displacement.shape)}"
         raise ValueError(f"fixed is {tuple(fixed.shape)}, {found}; they must agree")
+    shape, start = tuple(fixed.shape[2:]), registration.control_points
+    tolerance = SAME * float(start.detach().abs().max())
+    if not torch.allclose(registration.displacement, upsample(start, shape, upsampling), rtol=0, atol=tolerance):
+        raise ValueError(f"the displacement is not the control points' by upsampling {upsampling!r}; expected the network's")
+    bound = None
+    if fold_free:
+        bound = displacement_bound(tuple(start.shape[2:]), shape, start.device, start.dtype)
+        if not (start.abs() <= bound * (1 + ROUNDING)).all():
+            raise ValueError("the control points lie outside the bound of fold_free; expected those of a fold-free network")
     if steps == 0:
         return registration
-    shape = tuple(fixed.shape[2:])
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(fixed.device.type, enabled=False):
         # clones: what was made in inference mode cannot take part in a gradient
         start, fixed, moving = (t.detach().clone() for t in (registration.control_points, fixed, moving))
-        bound = None
-        if fold_free:
-            bound = displacement_bound(tuple(start.shape[2:]), shape, start.device, start.dtype)
-            start = start.clamp(-bound, bound)
         weight = default_bending_weight(shape) if bending_weight is None else bending_weight
         terms = {"similarity": similarity, "bending_weight": weight, "upsampling": upsampling}
         cases = zip(start.split(1), fixed.split(1), moving.split(1))

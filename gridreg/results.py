@@ -7,9 +7,10 @@ size); ``metrics.json`` beside it only adds what is not per case (parameters, de
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
@@ -53,19 +54,19 @@ METRICS: dict[str, Metric] = {
 }
 CASE_METRICS = [name for name, metric in METRICS.items() if metric.tested]
 
-# In the order of the paper's Table 1; runs not listed follow, under their own name.
+# In the order of the paper's Table 1, our variants of GridReg after it; runs not listed follow, under their own name.
 RUN_LABELS = {
     "identity": "Original",
     "ants-syn": "ANTs SyN",
     "voxelmorph": "VoxelMorph",
     "transmorph": "TransMorph",
     "keymorph": "KeyMorph",
+    "gridreg-adaptive": "GridReg (adaptive)",
+    "gridreg-bayesian": "GridReg (Bayesian)",
     "gridreg-5": "GridReg-5",
     "gridreg-8": "GridReg-8",
     "gridreg-10": "GridReg-10",
     "gridreg-15": "GridReg-15",
-    "gridreg-adaptive": "GridReg (adaptive)",
-    "gridreg-bayesian": "GridReg (Bayesian)",
 }
 
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
@@ -189,3 +190,29 @@ def chosen_rows(cases: pd.DataFrame) -> pd.DataFrame:
             found = " and ".join(grid or "no grid" for grid in grids) or "none"
             raise InputError(f"cases of {dataset}, run {run}: {found} marked as chosen, expected exactly one grid")
     return cases[cases["chosen"]]
+
+
+# --- who is in the pairs -----------------------------------------------------------------------------------------
+
+
+def with_patients(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """``cases`` with a column ``patient``: whose pair it is; where the two images are of two patients, both.
+
+    indexes  ``index.json`` of every dataset; a subject that it does not know is a patient of its own
+    """
+    patients = [_patients_of(row.fixed, row.moving, indexes.get(row.dataset, {})) for row in cases.itertuples()]
+    return cases.assign(patient=[" ".join(sorted(set(pair))) for pair in patients])
+
+
+def pairs_in_words(cases: pd.DataFrame, index: Mapping[str, Any]) -> str:
+    """Of one dataset: ``12 pairs of 5 patients, up to 6 pairs each``."""
+    pairs = cases[PAIR].drop_duplicates()
+    count = Counter(one for fixed, moving in pairs.itertuples(index=False) for one in set(_patients_of(fixed, moving, index)))
+    most = max(count.values(), default=0)
+    often = f", up to {most} pairs each" if most > 1 else ""
+    return f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''} of {len(count)} patient{'s' if len(count) != 1 else ''}{often}"
+
+
+def _patients_of(fixed: str, moving: str, index: Mapping[str, Any]) -> tuple[str, str]:
+    subjects = index.get("subjects", {})
+    return tuple(subjects.get(name, {}).get("patient", name) for name in (fixed, moving))

@@ -6,61 +6,13 @@ Bad values get one sentence: where, what was found, what was expected, and the n
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gridreg.errors import InputError
-
-REQUIRED = object()
-
-
-class Rule(NamedTuple):
-    """What one value must be: `expected` ends the sentence "… expected …"; `default` is for a value left out."""
-
-    expected: str
-    holds: Callable[[Any], bool]
-    default: Any = REQUIRED
-
-
-def whole(low: int, high: float = math.inf) -> Rule:
-    text = f"a whole number of at least {low}" if high == math.inf else f"a whole number from {low} to {high}"
-    return Rule(text, lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high)
-
-
-def number(low: float, above: bool = False) -> Rule:
-    def holds(v: Any) -> bool:
-        real = isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-        return real and (v > low if above else v >= low)
-
-    return Rule(f"a number {'above' if above else 'of at least'} {low:g}", holds)
-
-
-def choice(*names: str) -> Rule:
-    return Rule("one of " + ", ".join(names), lambda v: isinstance(v, str) and v in names)
-
-
-def each(rule: Rule, expected: str, lengths: Iterable[int] = range(1, 1000)) -> Rule:
-    return Rule(expected, lambda v: isinstance(v, list) and len(v) in lengths and all(map(rule.holds, v)))
-
-
-def or_null(rule: Rule) -> Rule:
-    return Rule(rule.expected + ", or null", lambda v: v is None or rule.holds(v))
-
-
-def by_dataset(rule: Rule) -> Rule:
-    def holds(v: Any) -> bool:
-        return all(map(rule.holds, v.values())) if isinstance(v, dict) else rule.holds(v)
-
-    return Rule(rule.expected + ", or a mapping from datasets to such", holds)
-
-
-def default(rule: Rule, value: Any) -> Rule:
-    """May be left out, then it is `value`; where that is null, null may also be written."""
-    return (or_null(rule) if value is None else rule)._replace(default=value)
-
+from gridreg.rules import REQUIRED, Rule, by_dataset, choice, default, each, number, whole
 
 LETTERS = re.compile(r"[A-Za-z0-9_-]+")  # what DVC allows in the name of a stage
 NAME = Rule("a name of letters, digits, - and _", lambda v: isinstance(v, str) and bool(LETTERS.fullmatch(v)))
@@ -90,7 +42,7 @@ DATASET = {                                                       # `make repro`
     "affine_reference": default(TEXT, None),                      # mni152 or an image file; null: none
     "labels": default(LABELS, None),                              # null: every label of dataset.json
     "budget": default(number(0, above=True), 1.0),                # times the steps or epochs of every run
-    "similarity": default(choice("mse", "ncc", "mi"), "mse"),     # the image-level loss of training
+    "similarity": default(choice("mse", "ncc", "mi"), "mse"),     # of training, in the image and at control points
     "dice_weight": default(number(0), 0.0),
     "bending_weight": number(0),
     "max_subjects": default(whole(2), None),                      # null: all
@@ -111,7 +63,11 @@ EVALUATE = {
 }
 METHODS = {                                                       # a trained run may give any name of TRAIN, too
     "identity": {},
-    "voxelmorph": {"width": default(whole(1), 16), "levels": default(whole(2), 5)},
+    "voxelmorph": {
+        "width": default(whole(1), 16),
+        "levels": default(whole(2), 5),
+        "integration_steps": default(whole(0), 5),                # of a velocity; 0: the output is the displacement
+    },
     "syn": {
         "iterations": default(each(whole(0), "a list of whole numbers, coarsest level first"), [40, 20, 0]),
         "metric": default(choice("mattes", "CC", "meansquares"), "mattes"),
@@ -220,22 +176,39 @@ def validate(params: Any, source: str | Path = "params.yaml", profiles: Iterable
             raise InputError(f"{where} has no method; expected method: and one of {', '.join(METHODS)}")
         refuse_unknown(values["method"], METHODS, "method", where)
         check_section(values, run_rules(values["method"]), where)
-        if values.get("fold_free") and values.get("upsampling") != "bspline":
-            raise InputError(f"{where}: fold_free is true and upsampling {values.get('upsampling', 'trilinear')}; "
-                             "expected bspline, for which the bound holds")
-        for tuned, by_name in values.items():
-            for dataset in by_name if isinstance(by_name, dict) else ():
-                refuse_unknown(dataset, [*params["datasets"], *params.get("unused", {})], "dataset", f"{where}.{tuned}")
-        if values["method"] not in UNTRAINED:
-            budget = train_settings(params, name)
-            if (budget["steps"] is None) == (budget["epochs"] is None):
-                raise InputError(f"{where}: steps and epochs are {budget['steps']} and {budget['epochs']}; "
-                                 "expected a number for exactly one of them (there or in train)")
+        check_run(params, name, where)
     check_use(params, source)
 
 
+def check_run(params: dict, name: str, where: str) -> None:
+    """The values of the run `name` of `params` agree with each other and with the sections beside `runs`."""
+    values = params["runs"][name]
+    if values.get("fold_free") and values.get("upsampling") != "bspline":
+        raise InputError(f"{where}: fold_free is true and upsampling {values.get('upsampling', 'trilinear')}; "
+                         "expected bspline, for which the bound holds")
+    for tuned, by_name in values.items():
+        for dataset in by_name if isinstance(by_name, dict) else ():
+            refuse_unknown(dataset, [*params["datasets"], *params.get("unused", {})], "dataset", f"{where}.{tuned}")
+    if values["method"] not in UNTRAINED:
+        budget = train_settings(params, name)
+        if (budget["steps"] is None) == (budget["epochs"] is None):
+            raise InputError(f"{where}: steps and epochs are {budget['steps']} and {budget['epochs']}; "
+                             "expected a number for exactly one of them (there or in train)")
+
+
+def check_fit(run: dict, name: str, block: dict, where: str) -> None:
+    """A run can be trained on the dataset `name`, whose values are `block`: its loss is defined, its grids fit."""
+    similarity = block.get("similarity", DATASET["similarity"].default)
+    if run.get("bayesian") and similarity != "mse":
+        raise InputError(f"{where} is bayesian and {name} has similarity {similarity}; "
+                         "expected mse, which the uncertainty-weighted loss is made of")
+    for grid in run.get("grids", []):
+        if any(g > n for g, n in zip(grid, block["shape"])):
+            raise InputError(f"{where} has the grid {grid}; expected at most {block['shape']}, the shape of {name}")
+
+
 def check_use(params: dict, source: str | Path) -> None:
-    """Every name under `use` exists, once, in the right list, and its grids fit into the images."""
+    """Every name under `use` exists, once, in the right list, and every run fits every dataset."""
     use = params["use"]
     blocks = {"datasets": {**params["datasets"], **params.get("unused", {})}, "runs": params["runs"]}
     for lists, section in ((("datasets", "skipped"), "datasets"), (("trained", "untrained"), "runs")):
@@ -245,12 +218,6 @@ def check_use(params: dict, source: str | Path) -> None:
             if name in seen:
                 raise InputError(f"{source}: use names the {section[:-1]} {name!r} twice; expected it once")
             seen.append(name)
-    for run in use["trained"]:
-        for dataset in use["datasets"]:
-            similarity = blocks["datasets"][dataset].get("similarity", DATASET["similarity"].default)
-            if params["runs"][run].get("bayesian") and similarity != "mse":
-                raise InputError(f"{source}: runs.{run} is bayesian and {dataset} has similarity {similarity}; "
-                                 "expected mse, which the uncertainty-weighted loss is made of")
     if not use["datasets"]:
         raise InputError(f"{source}: use.datasets is empty; expected at least one dataset")
     if MAIN_RUN not in use["trained"]:
@@ -262,12 +229,8 @@ def check_use(params: dict, source: str | Path) -> None:
                 other = "untrained" if key == "trained" else "trained"
                 raise InputError(f"{source}: use.{key} names the run {name!r} of method {method}; "
                                  f"expected it in use.{other}")
-            for grid in params["runs"][name].get("grids", []):
-                for dataset in use["datasets"]:
-                    shape = blocks["datasets"][dataset]["shape"]
-                    if any(g > n for g, n in zip(grid, shape)):
-                        raise InputError(f"{source}: runs.{name} has the grid {grid}; expected at most {shape}, "
-                                         f"the shape of {dataset}")
+            for dataset in use["datasets"]:
+                check_fit(params["runs"][name], dataset, blocks["datasets"][dataset], f"{source}: runs.{name}")
 
 
 def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[str, Any]:

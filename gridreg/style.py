@@ -23,6 +23,7 @@ IMAGE = "gray"
 FIXED_COLOUR = "#E69F00"  # contour of the fixed mask
 WARPED_COLOUR = "#56B4E9"  # contour of the warped (or moving) mask
 NEUTRAL = "#000000"  # what is no single method
+OTHERS = ("#222222", "#882255", "#999933")  # series that are no methods: no method has these colours
 
 COLOURS = {
     "identity": "#7F7F7F",

@@ -39,7 +39,7 @@ def lines(rows: pd.DataFrame) -> tuple[list[str], list[Line]]:
             by_method = {row.method: row for row in part.itertuples()}
             cells = [by_method.get(method) for method in methods]
             out.append(Line("value", METRICS[metric].title, [_value(cell, metric) for cell in cells]))
-            if part["q"].notna().any():
+            if any(map(_q, cells)):
                 out.append(Line("q", "q", [(_q(cell), False) for cell in cells]))
             if (part["paper"] != "").any():
                 out.append(Line("paper", "paper", [(cell.paper if cell else "", False) for cell in cells]))
@@ -77,6 +77,7 @@ def _value(cell, metric: str) -> tuple[str, bool]:
     text = "–" if not np.isfinite(cell.mean) else number.format(cell.mean)
     if set(text) <= set("-0."):
         text = text.removeprefix("-")  # no negative zero
+    text = text.replace("-", "−")
     if np.isfinite(cell.mean) and np.isfinite(cell.sd):
         text += f" ± {number.format(cell.sd)}"
     if cell.failures:
@@ -85,7 +86,10 @@ def _value(cell, metric: str) -> tuple[str, bool]:
 
 
 def _q(cell) -> str:
-    return "" if cell is None else _small(cell.q)
+    """q of a baseline; of a variant of GridReg its two-sided p, marked so. That of the unregistered images is in the CSV alone."""
+    if cell is None:
+        return ""
+    return f"p {_small(cell.p)}" if cell.sides == "two-sided" and np.isfinite(cell.p) else _small(cell.q)
 
 
 def _small(p: float) -> str:
@@ -115,7 +119,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": r"\textbar{}", "±": r"$\pm$",
     "×": r"$\times$", "≤": r"$\leq$", "≥": r"$\geq$", "–": "--", "—": "---", "→": r"$\to$", "°": r"$^\circ$",
-    "²": "$^2$", "³": "$^3$", "µ": r"$\mu$", "μ": r"$\mu$", "\u00a0": "~",
+    "−": "$-$", "²": "$^2$", "³": "$^3$", "µ": r"$\mu$", "μ": r"$\mu$", "\u00a0": "~",
 }  # fmt: skip
 
 

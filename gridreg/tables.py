@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 
 from gridreg.errors import InputError
-from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing
+from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing_text
 from gridreg.published import Costs, reductions
 from gridreg.regions import THICKNESS_MM
-from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, run_label
+from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, pairs_in_words, run_label
 from gridreg.stats import Test, compare, summarise
 
 COLUMNS = ["dataset", "dataset_label", "simulated", "metric", "unit", "method", "method_label", "grid", "mean", "sd", "n",
-           "failures", "p", "q", "test", "paper", "paper_note", "best", "note"]  # fmt: skip
+           "failures", "p", "q", "test", "sides", "paper", "paper_note", "best", "note"]  # fmt: skip
 ALL = "all"  # the rows that are not of one dataset
 SKIPPED = "skipped"  # metric of the one row that stands for a dataset without results
 FDR = 0.05
@@ -29,7 +29,13 @@ SIMULATED = (
     "Datasets marked (simulated) are simulated cohorts, not patients; the paper's values come from other, real "
     "cohorts and stand beside ours for orientation, not as a target."
 )
-PAPER_MARKS = "Paper: * bold there and lost from the table we have, taken from its text; ? uncertain (the CSV says why)"
+PAPER_MARKS = (
+    "Paper: * bold there and lost from the table we have, taken from its text; ? uncertain (the CSV says why); blank: cannot "
+    "be read, or not in the paper."
+)
+DEPENDENT = (
+    "The tests treat pairs as independent, as the paper does; pairs that share a patient are not, which makes the tests too sure."
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Setting:
     budgets: dict[str, dict[str, tuple[int, int]]]  # dataset → run → (steps, batch)
     sizes: str  # of the methods that are smaller than published, in words; "" if none is
     refine_steps: int = 0  # of instance refinement
+    syn: str = ""  # what ANTs SyN was given, in words
 
 
 def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
@@ -48,7 +55,27 @@ def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
     for row in costs.dropna(subset=["steps"]).itertuples():
         budgets.setdefault(row.dataset, {})[row.run] = (int(row.steps), int(row.batch))
     used = {name: params["runs"][name] for name in params["use"]["trained"]}
-    return Setting(params["profile"], budgets, "; ".join(reductions(used)), params.get("evaluate", {}).get("refine_steps", 0))
+    syn = next((params["runs"][name] for name in params["use"]["untrained"] if params["runs"][name]["method"] == "syn"), None)
+    words = syn_in_words(syn, params["use"]["datasets"]) if syn else ""
+    refined = params.get("evaluate", {}).get("refine_steps", 0)
+    return Setting(params["profile"], budgets, "; ".join(reductions(used)), refined, words)
+
+
+def syn_in_words(run: Mapping[str, Any], datasets: list[str]) -> str:
+    """What ANTs SyN, a run of ``params.yaml``, was given: its iterations, and the labels that no other method sees."""
+    words = f"ANTs SyN: {', '.join(map(str, run['iterations']))} iterations, from the coarsest level to the full resolution"
+    margin = run.get("mask_margin")
+    margins = margin if isinstance(margin, dict) else dict.fromkeys(datasets, margin)
+    masked = {name: margins.get(name) for name in datasets if margins.get(name) is not None}
+    if not masked:
+        return f"{words}; no masks."
+    near = ", ".join(f"{name} {voxels}" for name, voxels in masked.items())
+    elsewhere = [name for name in datasets if name not in masked]
+    return (
+        f"{words}. It sees the organ labels of both images of every test pair, which no other method does: its metric is "
+        f"evaluated in them and so many voxels around ({near}){'; no masks for ' + ', '.join(elsewhere) if elsewhere else ''}. "
+        "The paper gave it masks, too, and does not say on which datasets."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,8 +109,8 @@ def table1(
 ) -> Table:
     """Table 1 of the paper on our own cases.
 
-    ``cases`` as from ``gridreg.results``, ``costs`` as from ``gridreg.published``; ``skipped`` maps a dataset without results to the reason;
-    ``indexes`` maps every dataset of ``cases`` to its preprocessed ``index.json`` (for "simulated").
+    ``cases`` as from ``gridreg.results``, ``costs`` as from ``gridreg.published``; ``skipped`` maps a dataset without results to
+    the reason; ``indexes`` maps every dataset of ``cases`` to its preprocessed ``index.json`` ("simulated", and patients).
     """
     datasets = in_order(cases["dataset"], PAPER_DATASETS)
     for dataset in datasets:
@@ -91,7 +118,7 @@ def table1(
             raise InputError(f"index.json of {dataset}: no key 'simulated', expected true or false")
     summary = summarise(cases)
     keys = ["dataset", "metric", "run"]
-    tests = compare(cases, test=test)[[*keys, "p", "q", "test"]]
+    tests = compare(cases, test=test)[[*keys, "p", "q", "test", "sides"]]
     rows = [summary.merge(tests, on=keys, how="left"), _costs(cases, costs)]
     tidy = pd.concat([part for part in rows if len(part)], ignore_index=True)
     tidy = _complete(tidy, datasets, indexes)
@@ -123,9 +150,8 @@ def _complete(tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[s
     tidy["method_label"] = tidy["method"].map(run_label)
     tidy["n"] = tidy["n"].astype("Int64")  # nullable integers: a skipped dataset has none
     tidy["failures"] = tidy["failures"].fillna(0).astype("Int64")
-    printed = [facing("" if row.dataset == ALL else row.dataset, row.metric, row.method) for row in tidy.itertuples()]
-    tidy["paper"] = [value.text(metric) if value else "" for value, metric in zip(printed, tidy["metric"])]
-    tidy["paper_note"] = [value.note if value else "" for value in printed]
+    printed = [facing_text("" if row.dataset == ALL else row.dataset, row.metric, row.method) for row in tidy.itertuples()]
+    tidy["paper"], tidy["paper_note"] = zip(*printed)
     tidy["best"] = False
     for (_, metric), group in tidy.groupby(["dataset", "metric"]):
         tidy.loc[best_of(group, metric), "best"] = True
@@ -138,11 +164,17 @@ def _complete(tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[s
 
 
 def best_of(group: pd.DataFrame, metric: str) -> pd.Index:
-    """Rows with the best mean among registration methods. Equal as printed is equal; fewer failed cases come first."""
-    able = group[(group["method"] != "identity") & np.isfinite(group["mean"])]
-    able = able[able["failures"] == able["failures"].min()]
+    """Rows with the best mean among registration methods; none where all are equal, or where there is no other.
+
+    Equal as printed is equal; fewer failed cases come first. No parameters is no merit: nothing was learned.
+    """
+    ranked = group[(group["method"] != "identity") & np.isfinite(group["mean"])]
+    if metric == "parameters":
+        ranked = ranked[ranked["mean"] > 0]
+    able = ranked[ranked["failures"] == ranked["failures"].min()]
     shown = able["mean"].map(lambda value: float(METRICS[metric].format.format(value).replace(",", "")))
-    return able.index[shown == (shown.max() if METRICS[metric].better == "higher" else shown.min())]
+    best = able.index[shown == (shown.max() if METRICS[metric].better == "higher" else shown.min())]
+    return best if len(best) < len(ranked) else best[:0]
 
 
 def _title(datasets: list[str], indexes: dict[str, dict[str, Any]]) -> str:
@@ -166,20 +198,21 @@ def _notes(
     notes = []
     if any(index["simulated"] for name, index in indexes.items() if name in set(cases["dataset"])):
         notes.append(SIMULATED)
-    notes.append(f"Profile {setting.profile}. {budgets_in_words(setting)} {sizes_in_words(setting)}".strip())
+    notes.append(setting_in_words(setting))
     if setting.refine_steps:
         notes.append(f"GridReg is refined on every test pair by {setting.refine_steps} steps of optimisation without labels.")
-    pairs = chosen_rows(cases)[["dataset", "fixed", "moving"]].drop_duplicates().groupby("dataset").size()
-    counts = ", ".join(f"{name} {pairs[name]}" for name in in_order(pairs.index, PAPER_DATASETS))
     notes.append(
-        f"Mean ± SD over test pairs ({counts}); bold: best mean among registration methods, equal as printed being equal."
+        f"Mean ± SD over test pairs ({test_pairs_in_words(cases, indexes)}); bold: best mean among registration methods, equal "
+        "as printed being equal, nothing where all are."
     )
     kind = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}[test]
     notes.append(
-        f"q: one-sided {kind}, alternative {run_label(REFERENCE)} better than the method of the column on the same pairs, "
-        f"Benjamini–Hochberg within dataset × metric; q ≤ {FDR:g} is significant at a false discovery rate of {FDR:.0%}. "
-        "A q near 1 means that GridReg is no better and may be worse."
+        f"q: one-sided {kind}, alternative {run_label(REFERENCE)} better than the baseline of the column on the same pairs, "
+        f"Benjamini–Hochberg over the baselines within dataset × metric; q ≤ {FDR:g} is significant at a false discovery rate of "
+        f"{FDR:.0%}. A q near 1 means that GridReg is no better and may be worse. p, for GridReg's own variants: two-sided "
+        f"{kind} against {run_label(REFERENCE)}, not corrected."
     )
+    notes.append(DEPENDENT)
     tested = tidy.loc[tidy["metric"].isin(CASE_METRICS), "test"].dropna()
     if (tested != test).any():
         notes.append("Where only one of two methods failed on a case, the signed-rank test was used, the failure ranked worst.")
@@ -198,32 +231,44 @@ def _notes(
     if len(lost):
         counts = ", ".join(f"{run_label(run)} {lost[run]:.0f}" for run in in_order(lost.index))
         notes.append(f"Labels that vanished under the warp, their Dice 0 and no part of the mask distance: {counts}.")
-    syn = "ANTs SyN: with ANTs' own number of iterations, in a process of its own, on one thread; its memory is not measured."
-    notes.append(f"{cost_note(costs)} {syn}")
+    if setting.syn and "ants-syn" in set(cases["run"]):
+        note = costs.notes.get("ants-syn", "")
+        notes.append(setting.syn + (f" In the benchmark: {note}." if note else ""))
+    notes.append(cost_note(costs))
     absent = [PAPER_COLUMN_LABELS[column] for run, column in PAPER_COLUMN.items() if run not in set(cases["run"])]
     if absent:
         notes.append(f"In the paper but not run here: {', '.join(absent)}.")
+    notes.append(PAPER_MARKS)
     notes.append(
-        "Paper: * bold there and lost from the table we have, taken from its text; ? uncertain (the alignment of the first "
-        "Dice row is; the reason for each is in the CSV); blank: cannot be read. True TRE, non-diffeomorphic volume and "
-        "SD of log det J are not in the paper's Table 1; its folding is from Table 4."
+        "Of the paper, the alignment of the first Dice row is uncertain; memory is that of Datasets 1 / 2 / 3 (–: cannot be read), "
+        "folding is from its Table 4; true TRE, non-diffeomorphic volume and log det J are not in its Table 1."
     )
     notes += [f"Dataset {name} was skipped: {reason}" for name, reason in sorted(skipped.items())]
     return notes
 
 
-def sizes_in_words(setting: Setting) -> str:
-    """A sentence on the methods that are smaller than published; "" if none is."""
-    return f"Smaller than published, for this profile: {setting.sizes}." if setting.sizes else ""
+def test_pairs_in_words(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]]) -> str:
+    """``prostate: 12 pairs of 5 patients, up to 6 pairs each; …``"""
+    datasets = {name: cases[cases["dataset"] == name] for name in in_order(cases["dataset"], PAPER_DATASETS)}
+    return "; ".join(f"{name}: {pairs_in_words(own, indexes.get(name, {}))}" for name, own in datasets.items())
+
+
+def setting_in_words(setting: Setting) -> str:
+    """Profile, budgets, and what is smaller than published."""
+    return f"Profile {setting.profile}. {budgets_in_words(setting)} {sizes_in_words(setting.sizes)}".strip()
+
+
+def sizes_in_words(sizes: str) -> str:
+    """A sentence on ``sizes``, the methods that are smaller than published; "" if none is."""
+    return f"Smaller than published, for this profile: {sizes}." if sizes else ""
 
 
 def cost_note(costs: Costs) -> str:
     """What the costs are of."""
     return (
         "Memory (at the peak of a registration, beyond weights and images), parameters and time are of every method in its "
-        f"published size, measured on {costs.in_words()} (figures/benchmark.md); –: not measured. On a CPU memory also depends "
-        "on what the process did before: that of the networks that are no method's default was measured after training steps, "
-        "which adds some 40 MB. The paper's were measured on one 32 GB GPU, its memory on Dataset 1."
+        f"published size, measured on {costs.in_words()} (figures/benchmark.md); –: not measured. The paper's were measured on "
+        "one 32 GB GPU."
     )
 
 

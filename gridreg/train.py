@@ -38,8 +38,8 @@ from gridreg.methods import build, grid_name, grid_sizes, parameter_count
 from gridreg.objective import loss_terms
 from gridreg.schema import UNTRAINED
 
-CODE = ["grid", "interpolation", "fold_free", "network", "methods", "losses", "metrics", "dataset", "checkpoint",
-        "devices", "objective", "transmorph", "keymorph", "train"]  # fmt: skip
+CODE = ["grid", "interpolation", "fold_free", "attention", "network", "methods", "losses", "metrics", "dataset",
+        "checkpoint", "devices", "objective", "transmorph", "keymorph", "train"]  # fmt: skip
 SCRATCH = Path(".scratch")  # of unfinished trainings, and of finished ones that wait for the pipeline
 WARM_UP = 0.1  # share of the steps over which the learning rate rises; then it falls along a cosine
 RECORD_EVERY = 10  # steps between two rows of history.csv

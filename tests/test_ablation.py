@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_params import fresh
+from small_params import edit, fresh
 
 from gridreg import ablation, listings, params
 from gridreg.errors import InputError
@@ -68,10 +68,43 @@ def test_a_run_is_found_by_what_it_is_not_by_its_name(path):
     ("base/gridreg", {"method": "identity"}, "ablation.base.gridreg has no method that is trained"),
     ("steps", 0, "ablation: steps is 0; expected a whole number of at least 1"),
     ("more", 1, "ablation: unknown parameter 'more'"),
+    ("runs/default", {"of": "gridreg", "fold_free": True}, "runs.default: fold_free is true and upsampling trilinear; .*bspline"),
+    ("base/gridreg/fold_free", True, "ablation.runs.again: fold_free is true"),
+    ("runs/default", {"of": "gridreg", "grids": [[5, 5, 5], [5, 5, 27]]},
+     r"ablation.runs.default has the grid \[5, 5, 27\]; expected at most \[32, 32, 26\], the shape of prostate"),
+    ("runs/default", {"of": "gridreg", "bending": {"prostat": 2}}, "ablation.runs.default.bending: unknown dataset 'prostat'"),
+    ("runs/default", {"of": "gridreg", "steps": 5}, "ablation.runs.default has steps; expected .* ablation.steps"),
+    ("runs/unused", {"of": "keymorph", "epochs": 5}, "ablation.runs.unused has epochs"),
+    ("base/gridreg/epochs", 3, "ablation.base.gridreg has epochs; expected them for all runs alike"),
 ])  # fmt: skip
 def test_what_is_wrong_is_met_with_a_sentence(path, at, value, sentence):
     change(path, at, value)
     with pytest.raises(InputError, match=sentence):
+        params.load(path)
+
+
+def test_a_bayesian_run_needs_a_dataset_with_mse(path):
+    change(path, "runs/default", {"of": "gridreg", "bayesian": True})
+    assert ablation.ablations(params.load(path))["default"]["bayesian"]
+    edit(path, "similarity: mse", "similarity: ncc")  # of the first dataset in the file
+    values = yaml.safe_load(path.read_text())
+    changed = next(name for name, block in values["datasets"].items() if block["similarity"] == "ncc")
+    change(path, "dataset", changed)
+    with pytest.raises(InputError, match=f"ablation.runs.default is bayesian and {changed} has similarity ncc; expected mse"):
+        params.load(path)
+    change(path, "use", ["layers-4"])  # what is not in use may be of any kind
+    params.load(path)
+
+
+def test_without_steps_of_their_own_ablations_have_those_of_train(path):
+    change(path, "steps", None)
+    assert ablation.named_arguments(params.load(path), "ablation", "default")[1]["settings"]["steps"] == 600
+    values = yaml.safe_load(path.read_text())
+    values["train"]["steps"] = None
+    for run in values["runs"].values():
+        run |= {} if run["method"] == "identity" else {"steps": 3}
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match="ablation.runs.again: steps and epochs are None and None"):
         params.load(path)
 
 

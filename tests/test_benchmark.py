@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
+from itertools import groupby
 
 import matplotlib
 
@@ -100,16 +101,34 @@ def test_memory_is_the_median_of_several_calls(monkeypatch):
     assert cost.cost(lambda: None, CPU)[0].memory_mb == 120
 
 
-def test_variants_are_measured_in_their_published_size_beside_their_method():
+def test_variants_are_measured_in_their_published_size_beside_their_method(monkeypatch):
     small = {"method": "voxelmorph", "width": 4, "levels": 3}
-    runs = {"deep": {"method": "gridreg", "grids": [[4, 4, 4]], "num_layers": 6}, "narrow": small}
-    frame = benchmark.measure(["gridreg", "voxelmorph"], SHAPES, grids=[(4, 4, 4)], variants=runs)
+    dense = {"method": "voxelmorph", "integration_steps": 0}
+    runs = {"deep": {"method": "gridreg", "grids": [[4, 4, 4]], "num_layers": 6}, "narrow": small, "voxelmorph": dense}
+    monkeypatch.setattr(cost, "REPEATS", (1, 1))
+    monkeypatch.setattr(benchmark, "SMALL", SHAPES[0])
+    frame = benchmark.measure(["gridreg", "voxelmorph"], SHAPES, [1], [(4, 4, 4)], variants=runs)
     rows = frame[frame["task"] == "variant"].set_index("run")
     assert set(rows["shape"]) == {"20x18x17"} and rows.loc["deep", "grid"] == "4x4x4" and (rows["note"] == "").all()
     assert rows.loc["narrow", "parameters"] == frame.loc[frame["run"] == "voxelmorph", "parameters"].iloc[0]
     assert rows.loc["deep", "parameters"] > frame.loc[frame["run"] == "gridreg-4", "parameters"].iloc[0]
     assert frame["run"].tolist().index("deep") < frame["run"].tolist().index("voxelmorph")
-    assert "deep" not in to_markdown(frame)
+    tasks = [task for task, _ in groupby(frame.loc[frame["method"] == "gridreg", "task"])]
+    assert tasks == ["register", "variant", "train"]  # a training leaves memory behind that would show in the others
+    text = to_markdown(frame)
+    assert "deep" not in text and text.count("VoxelMorph, not integrated") == 1
+    whole = frame[(frame["run"] == "voxelmorph") & (frame["task"] == "register")].iloc[0]
+    assert rows.loc["voxelmorph", "parameters"] == whole["parameters"]
+
+
+def test_an_untrained_method_is_measured_with_the_settings_that_every_dataset_shares():
+    runs = {"identity": {"method": "identity"}, "voxelmorph": {"method": "voxelmorph", "width": 4},
+            "ants-syn": {"method": "syn", "iterations": [1, 0], "affine_stage": {"pelvis": False}, "metric": "meansquares"}}  # fmt: skip
+    settings = benchmark.untrained_settings(runs)
+    assert settings["syn"] == {"method": "syn", "iterations": [1, 0], "metric": "meansquares"} and "voxelmorph" not in settings
+    row = benchmark.measure(["syn"], [SHAPES[0]], settings=settings).iloc[1]
+    assert row["run"] == "ants-syn" and row["seconds"] > 0 and np.isnan(row["memory_mb"])
+    assert row["note"] == "1, 0 iterations, in a process of its own, on one thread; its memory is not measured"
 
 
 def test_every_part_gets_its_own_time(monkeypatch):
@@ -126,8 +145,7 @@ def test_every_part_gets_its_own_time(monkeypatch):
     net = GridReg().eval()
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(cost, "warp", passes(8, warp))
-    dense = lambda control_points, size, *_: 4 if size == shape else 0  # the decoder upsamples features as well
-    monkeypatch.setattr(network, "upsample", passes(dense, network.upsample))
+    monkeypatch.setattr(network, "upsample", passes(4, network.upsample))
     monkeypatch.setattr(net.encoder[0], "forward", passes(1, net.encoder[0].forward))
     monkeypatch.setattr(net.decoder[0], "forward", passes(2, net.decoder[0].forward))
     found = cost.parts(net, benchmark.on_device(shape, CPU), (4, 4, 4), CPU, repeats=2)

@@ -104,3 +104,15 @@ def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):  # noqa
     alone, adopted = weights_of(tmp_path / "alone"), weights_of(tmp_path / "adopted")
     for name in alone:
         torch.testing.assert_close(adopted[name], alone[name], rtol=0.05, atol=2e-3)
+
+
+def test_the_command_of_the_readme_trains_one_run_on_two_devices(repository, monkeypatch):
+    assert "torchrun --nproc-per-node 4 -m gridreg.train brain gridreg-adaptive" in (ROOT / "README.md").read_text(encoding="utf-8")
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["-m", "gridreg.train", "blobs", "gridreg-adaptive"]
+    done = subprocess.run(torchrun, cwd=repository, env=ENVIRONMENT | {"GRIDREG_DEVICES": "2"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(training, "optimise", None)  # from here on nothing is trained
+    arguments = named_arguments(params.load(), "blobs", "gridreg-adaptive")[1]
+    assert training.train(Preprocessed("results/preprocess/blobs"), out="adopted", **arguments)["devices"] == 2

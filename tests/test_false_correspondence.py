@@ -7,12 +7,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.ndimage import map_coordinates
 
 from gridreg import false_correspondence as experiment
-from gridreg import panels_truth
+from gridreg import style
 from gridreg.errors import InputError
+from gridreg.false_correspondence_figure import figure1, finding
 
 
 def test_the_clean_pair_matches_under_its_true_displacement():
@@ -64,9 +66,37 @@ def test_a_pair_does_not_know_of_the_others():
 
 
 def test_figure1(small, tmp_path):
-    figure = panels_truth.figure1(tmp_path / "figure1", *small)
+    figure = figure1(tmp_path / "figure1", *small, note=experiment.CONVERGENCE)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["figure1.pdf", "figure1.png"]
-    text = " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
-    assert "Simulated slices, not patients" in text and "2 pairs" in text.replace("\n", " ")
+    text = " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text)).replace("\n", " ")
+    assert "Simulated slices, not patients" in text and "2 pairs" in text
+    assert f"Not converged: {experiment.STEPS} steps" in text and "each finer one starting from" in text
     with pytest.raises(InputError, match="no picture"):
-        panels_truth.figure1(tmp_path / "figure1", *small, condition="rain")
+        figure1(tmp_path / "figure1", *small, condition="rain")
+
+
+def errors(change: dict[tuple[float, str], float]) -> pd.DataFrame:
+    """Errors in the disc of 1 at grid 3 and, at grid 48, of 1 more by ``change``: (bending weight, condition) → voxels."""
+    rows = [(*key, grid, 1 + by * (grid == 48)) for key, by in change.items() for grid in (48, 3)]
+    return pd.DataFrame(rows, columns=["bending_weight", "condition", "grid", "error_disc"])
+
+
+def test_the_finding_is_what_the_numbers_say():
+    weak, strong = ((1.0, "nothing"), (1.0, "false match"), (1.0, "wrong masks")), ((9.0, "nothing"), (9.0, "false match"), (9.0, "wrong masks"))
+    as_expected = dict(zip(weak, (-0.5, 0.5, 0.25))) | dict.fromkeys(strong, -0.25)
+    said = finding(errors(as_expected))
+    assert said.startswith("Here a fine grid follows what is wrong where the bending energy is weak")
+    assert "at the least bending weight it falls from 1.00 to 0.50 where nothing is injected, rises from 1.00 to 1.50 under a" in said
+    assert "at the largest bending weight it falls from 1.00 to 0.75 where" in said
+    for key in as_expected:  # one that goes the other way, and there is no such finding
+        said = finding(errors(as_expected | {key: -as_expected[key]}))
+        assert said.startswith("Error in the disc") and said != finding(errors(as_expected))
+
+
+def test_bars_of_one_grid_stand_side_by_side(tmp_path):
+    frame, pictures = experiment.run(range(2), (3, 5), ("false match",), (400.0, 40.0), steps=2)
+    axes = figure1(tmp_path / "figure1", frame, pictures).findobj(matplotlib.axes.Axes)
+    (panel,) = [ax for ax in axes if ax.get_title() == "false match"]
+    first, second = (container.lines[0] for container in panel.containers)
+    assert (np.diff([first.get_xdata(), second.get_xdata()], axis=0) > 0.1).all()
+    assert not {first.get_color(), second.get_color()} & set(style.COLOURS.values())

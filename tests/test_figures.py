@@ -12,10 +12,9 @@ import pandas as pd
 import pytest
 
 from gridreg import figures, panels, style
-from gridreg.architecture import architecture_figure, sizes
 from gridreg.errors import InputError
 from gridreg.landmark_figures import landmark_figure
-from gridreg.network import GridReg
+from gridreg.panels import AXIAL_LETTERS
 from gridreg.results import RUN_LABELS
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph or a failed layout is a warning of matplotlib
@@ -47,7 +46,7 @@ def make_case(methods, masks: bool = True, fields: bool = True) -> dict:
     image, labels = make_volume()
     field = np.random.default_rng(1).normal(size=(3, *SHAPE))
     result = (image, labels if masks else None, field if fields else None)
-    case = {"name": "p 1", "fixed": image, "moving": image, "methods": {run: result for run in methods}}
+    case = {"name": "p 1", "pair": ("p 1", "p 2"), "fixed": image, "moving": image, "methods": {run: result for run in methods}}
     case["scores"] = {"identity": {"dice": 0.5, "tre_mm": np.nan, "landmark_mm": 4.0}, methods[0]: {"dice": 0.8, "tre_mm": 2.0}}
     return case | ({"fixed_labels": labels, "moving_labels": labels} if masks else {})
 
@@ -98,6 +97,20 @@ def test_registration_figure(tmp_path):
     assert "Prostate registration (simulated)" in shown and "Simulated prostate cohort, not patients." in shown
     assert "Dice 0.80\nTRE 2.0 mm" in shown and "landmarks 4.0 mm" in shown and "GridReg\n(adaptive)" in shown
     assert_nothing_clipped(figure)
+    said = shown.replace("\n", " ")
+    assert "TRE: distance between" in said and "Deformed grid: lines of" in said and AXIAL_LETTERS in said
+    assert "Rows (fixed and moving image): p 1 and p 2." in said
+
+
+def test_any_other_cohort_is_captioned_as_fully(tmp_path, unsaved):
+    case = make_case(["voxelmorph"], fields=False)
+    case["scores"] = {"voxelmorph": {"dice": 0.8}}
+    shown = texts(panels.cohort_registrations(tmp_path / "f", "pelvis", [case], ["voxelmorph"], (1, 1, 1))).replace("\n", " ")
+    assert "Pelvis registration (simulated)" in shown and "Simulated pelvis cohort, not patients." in shown
+    assert "p 1 and p 2" in shown and AXIAL_LETTERS in shown
+    assert "TRE" not in shown and "grid" not in shown  # neither is shown
+    real = texts(panels.cohort_registrations(tmp_path / "f", "mine", [case], ["voxelmorph"], (1, 1, 1), simulated=False))
+    assert "Mine registration" in real and "imulated" not in real
 
 
 def test_registration_figure_with_seven_methods_and_nothing_optional(tmp_path, unsaved):
@@ -133,6 +146,7 @@ def test_right_is_on_the_left_and_front_is_up():
     assert x_right < x_left and y_front > y_back
     letters = {text.get_text(): text.get_position() for text in ax.texts}
     assert letters["R"][0] < letters["L"][0] and letters["A"][1] > letters["P"][1]
+    assert all(text.get_path_effects() for text in ax.texts), "white letters vanish on bright tissue"
     assert (ax.images[0].get_array()[:, -1] == 1).all()
     plt.close(figure)
 
@@ -174,9 +188,11 @@ def test_deformed_grid_is_x_plus_u():
 def test_cohort_picture(tmp_path):
     image, labels = make_volume()
     cases = [{"name": f"s{k}", "image": image, "labels": labels, "spacing_mm": (1, 1, 2)} for k in range(2)]
-    figure = panels.cohort_picture(tmp_path / "cohort", cases, caption="A phantom.")
+    figure = panels.cohort_picture(tmp_path / "cohort", cases, "A pair", panels.cohort_caption(True, outlined=True))
     assert_written(tmp_path / "cohort")
-    assert "Simulated cohort" in texts(figure) and "Sagittal" in texts(figure)
+    assert "Simulated cohort, not patients." in texts(figure) and "Sagittal" in texts(figure)
+    assert "imulated" not in panels.cohort_caption(False, outlined=True)
+    assert "mask" not in panels.cohort_caption(True, outlined=False)
     assert_nothing_clipped(figure)
 
 
@@ -196,13 +212,23 @@ def test_figure8_shows_bending_weights_above(tmp_path, unsaved):
     cases = make_cases()
     one = cases[(cases["dataset"] == "prostate") & (cases["run"] == "gridreg-5")]
     bending = {weight: one.assign(dice=one["dice"] - 0.01 * n) for n, weight in enumerate((2.0, 20.0, 200.0))}
-    figure = figures.figure8(tmp_path / "figure8", cases, INDEXES, bending=bending, bending_note="(1): 7 steps.")
+    marks = {"weight of the main runs": 20.0, "the paper's best, for these voxels": 781.25}
+    figure = figures.figure8(tmp_path / "figure8", cases, INDEXES, bending=bending, bending_note="After 7 steps.", marks=marks)
     shown = texts(figure)
     assert "(1)" in shown and "weight of the bending energy" in shown and "7 steps" in shown
+    assert "weight of the main runs: 20" in shown and "the paper's best, for these voxels: 781" in shown
     panel = next(ax for ax in figure.get_axes() if ax.get_xlabel() == "weight of the bending energy" and ax.get_ylabel() == "Dice")
     assert panel.get_xscale() == "log"
     np.testing.assert_allclose(panel.get_lines()[0].get_ydata(), [part["dice"].mean() for part in bending.values()])
+    upright = [line.get_xdata()[0] for line in panel.get_lines() if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+    assert upright == list(marks.values())
     assert_nothing_clipped(figure)
+
+
+def test_the_papers_weight_is_that_of_the_same_deformation():
+    assert figures.papers_bending_weight("prostate", 0.7) == figures.papers_bending_weight("brain", 1.0) == 2e5
+    assert figures.papers_bending_weight("prostate", 2.8) == pytest.approx(2e5 / 4**4)
+    assert figures.papers_bending_weight("mine", 5.0) == pytest.approx(320)
 
 
 def test_figure8_without_truth_or_spread(tmp_path, unsaved):
@@ -250,27 +276,12 @@ def test_equal_figures_are_equal_files(tmp_path):
 
 
 def test_every_run_has_a_colour_of_its_own():
+    assert not set(style.OTHERS) & set(style.COLOURS.values())
     assert set(style.COLOURS) == set(RUN_LABELS) and len(set(style.COLOURS.values())) == len(RUN_LABELS)
     assert style.colour("something-new") == "#444444"
 
 
-# ---- Architecture and landmarks -----------------------------------------------------------------------------------
-
-
-def test_the_architecture_is_drawn_from_a_forward_pass(tmp_path):
-    network = GridReg(num_layers=6, base_channels=8, projector=False)
-    found = sizes(network, (36, 20, 24), (3, 4, 5))
-    assert found["encoder"] == {1: (8, 18, 10, 12), 2: (16, 9, 5, 6), 3: (16, 5, 3, 3), 4: (32, 3, 2, 2), 5: (32, 3, 2, 2),
-                                6: (64, 3, 2, 2)}  # fmt: skip
-    assert found["decoder"] == {6: (12, 60)}  # all tokens of layer 6, 60 control points
-    assert sum(found["parameters"].values()) == sum(p.numel() for p in network.parameters())
-    local = sizes(GridReg(), (64, 64, 51), (10, 10, 10))
-    assert local["decoder"][5] == (4 * 4 * 4, 1000) and local["decoder"][2][1] == 1000 and local["decoder"][2][0] < 1000
-    figure = architecture_figure(tmp_path / "figure2", (36, 20, 24), (3, 4, 5), network)
-    shown = " ".join(" ".join(text.get_text() for text in figure.findobj(plt.Text)).split())
-    for expected in ("layer 6 64 × 3×2×2", "all 12 tokens", "heads: μ of the", "3 × 36×20×24"):
-        assert expected in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure2.pdf", "figure2.png"]
+# ---- Landmarks --------------------------------------------------------------------------------------------------
 
 
 def test_landmarks_are_marked_where_they_are(tmp_path):

@@ -304,6 +304,18 @@ def test_bounded_control_points():
         assert metrics.nondiffeomorphic_percent(displacement, np.ones(shape, bool)) == 0
 
 
+def test_whatever_is_far_outside_ends_at_the_bound():
+    grid, shape = (3, 4, 5), (9, 12, 16)
+    bound = displacement_bound(grid, shape)
+    for far in (1e14, 1e25, torch.finfo(torch.float32).max, torch.inf):
+        for sign in (1, -1):
+            control = torch.full((1, 3, *grid), sign * far, requires_grad=True)
+            found = bounded(control, shape)
+            torch.testing.assert_close(found[0], sign * bound)
+            found.sum().backward()
+            assert control.grad.isfinite().all()
+
+
 def test_gradients():
     control = torch.randn(1, 3, 2, 3, 4, dtype=torch.float64).mul_(3).requires_grad_()
     assert torch.autograd.gradcheck(lambda c: bounded(c, (5, 7, 9)), (control,))

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {file.stem: file for file in sorted((ROOT / "gridreg").glob("*.py")) if file.stem != "__init__"}
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
-NEEDS_TORCH = {"architecture", "benchmark", "checkpoint", "cost", "devices", "evaluate", "explorer", "explorer_view",
-               "explorer_volume", "explorer_widgets", "false_correspondence", "fold_free", "grid", "interpolation", "keymorph",
+NEEDS_TORCH = {"architecture", "attention", "benchmark", "checkpoint", "cost", "devices", "evaluate", "explorer",
+               "explorer_view", "explorer_volume", "explorer_widgets", "false_correspondence", "fold_free", "grid", "interpolation", "keymorph",
                "lesson_attention", "lesson_attention_view", "lesson_basis", "lesson_basis_view", "lesson_freedom",
                "lesson_freedom_view", "losses", "methods", "network", "objective", "oracle", "pairwise", "refine", "train",
                "transmorph", "uncertainty"}  # fmt: skip

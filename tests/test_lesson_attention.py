@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import gridreg.network
+import gridreg.attention
+from gridreg.attention import CHANNELS, HEAD_CHANNELS, HEADS
 from gridreg.lesson_attention import Pair, attend, attention_table, attention_weights, costs, early_exits, tokens_in_use, watching
 from gridreg.lesson_attention_view import attention_figure, cost_figure, levels_figure
 from gridreg.lesson_sliders import picture
-from gridreg.network import CHANNELS, HEAD_CHANNELS, HEADS, GridReg
+from gridreg.network import GridReg
 
 SHAPE = (24, 27, 31)  # odd sizes
 
@@ -36,7 +37,7 @@ def pair() -> Pair:
 @pytest.mark.parametrize("cached", [1, 2**21])
 @pytest.mark.parametrize("grid", [(3, 3, 3), (5, 6, 7), (9, 9, 9)])
 def test_weights_computed_again_reproduce_what_the_layer_returned(network, pair, grid, cached, monkeypatch):
-    monkeypatch.setattr(gridreg.network, "CACHED", cached)
+    monkeypatch.setattr(gridreg.attention, "CACHED", cached)
     returned = []
     hooks = [level.attention.register_forward_hook(lambda _, given, result: returned.append(result[0])) for level in network.decoder]
     with watching(network) as kept:

@@ -1,6 +1,8 @@
-"""Losses in closed form, against MONAI, and the Gram form of the bending energy against the dense one."""
+"""Losses in closed form, against SciPy and MONAI, and the Gram form of the bending energy against the dense one."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from scipy import ndimage
 
 from gridreg.grid import control_point_coordinates, voxel_coordinates, warp
 from gridreg.interpolation import METHODS, upsample
-from gridreg.losses import (NOISE, at_control_points, bending_energy, dice, grid_bending_energy, information,
-                            label_dice, mse, mutual_information, uncertainty)  # fmt: skip
+from gridreg.losses import (AT_CONTROL_POINTS, FEW_LABELS, FLAT, LAMBDA0, NOISE, SIMILARITIES, _dice_without_masks,
+                            at_control_points, bending_energy, coarse_mutual_information, dice, global_ncc,
+                            grid_bending_energy, information, label_dice, mse, mutual_information, ncc, similarity,
+                            uncertainty)  # fmt: skip
 
 SHAPE = (9, 12, 15)
 GRIDS = [((5, 5, 5), (17, 17, 17)), ((4, 6, 7), (13, 26, 19)), ((2, 3, 9), (8, 11, 9))]
@@ -79,8 +83,9 @@ def test_bending_is_monais_on_a_quadratic_field():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("grid", "shape"), GRIDS)
-def test_gram_form_is_the_dense_energy_and_its_gradient(method, grid, shape):
-    control = torch.randn(2, 3, *grid, requires_grad=True)
+@pytest.mark.parametrize("shift", [0, 20])  # voxels, of all control points: it does not bend, and must not blunt the rest
+def test_gram_form_is_the_dense_energy_and_its_gradient(method, grid, shape, shift):
+    control = (shift + torch.randn(2, 3, *grid)).requires_grad_()
     reference = control.detach().double().requires_grad_()
     energy = grid_bending_energy(control, shape, method)
     dense = bending_energy(upsample(reference, shape, method))
@@ -186,21 +191,39 @@ def masks(labels: torch.Tensor, values: list[int]) -> torch.Tensor:
     return torch.cat([(labels == value).double() for value in values], dim=1)
 
 
-@pytest.mark.parametrize("values", [[1, 3, 5], [2], [4, 9]])
-def test_dice_of_labels_is_the_dice_of_their_masks(values):
+@pytest.mark.parametrize("values", [[1, 3, 5], [2], [4, 9], list(range(1, FEW_LABELS + 2))])
+@pytest.mark.parametrize("form", [label_dice, _dice_without_masks])
+def test_dice_of_labels_is_the_dice_of_their_masks(form, values):
     """Value and gradient, with labels that are absent, not asked for, moved out of the image, or of one case only."""
     fixed, moving = torch.randint(0, 6, (2, 2, 1, 7, 9, 8))
     moving[0][moving[0] == 3] = 0
     field = (3 * torch.randn(2, 3, 7, 9, 8, dtype=torch.float64)).requires_grad_()
     one = dice(masks(fixed, values), warp(masks(moving, values), field))
-    other = label_dice(fixed.to(torch.int16), moving.to(torch.int16), field, values)
+    other = form(fixed.to(torch.int16), moving.to(torch.int16), field, values)
     torch.testing.assert_close(other, one)
     gradients = [torch.autograd.grad(loss, field)[0] for loss in (one, other)]
     torch.testing.assert_close(gradients[1], gradients[0])
     assert gradients[0].abs().max() > 0
 
 
-def test_dice_of_a_hundred_labels_takes_the_memory_of_one():
+@pytest.mark.parametrize("absent", [0, FEW_LABELS])
+def test_dice_of_a_large_label_in_single_precision(absent):
+    """A slab of 108 planes, moved by a tenth of a voxel: 107.9 of them overlap. Half a million weights are summed."""
+    labels = torch.zeros(1, 1, 128, 64, 64, dtype=torch.int16)
+    labels[:, :, 10:118] = 1
+    field = torch.zeros(1, 3, 128, 64, 64)
+    field[:, 0] = 0.1
+    field.requires_grad_()
+    loss = label_dice(labels, labels, field, list(range(1, 2 + absent)))
+    loss.backward()
+    assert loss.dtype == field.grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(0.1 / 108, rel=2e-3)
+    slope = torch.zeros(128, 64, 64)  # of the overlap, at the last plane; of the mask's sum, there and before the first
+    slope[117], slope[9] = 1 / 108 - 107.9 / (2 * 108**2), 107.9 / (2 * 108**2)
+    torch.testing.assert_close(field.grad[0, 0] * 64**2, slope, rtol=1e-3, atol=1e-6)
+
+
+def test_dice_of_a_hundred_labels_takes_the_memory_of_ten():
     """What autograd keeps for the backward pass does not grow with the number of labels."""
     fixed, moving = torch.randint(0, 120, (2, 1, 1, 10, 12, 11))
     field = torch.randn(1, 3, 10, 12, 11, requires_grad=True)
@@ -211,7 +234,85 @@ def test_dice_of_a_hundred_labels_takes_the_memory_of_one():
             label_dice(fixed, moving, field, values)
         return sum(sizes)
 
-    assert kept(list(range(1, 120))) < 1.05 * kept([1])
+    assert kept(list(range(1, 120))) < 1.05 * kept(list(range(1, 11)))
+
+
+def reference_ncc(fixed: np.ndarray, warped: np.ndarray, window: int = 5) -> float:
+    """With SciPy's box filter; what lies inside the image is counted by filtering ones."""
+
+    def mean(values):
+        box = [ndimage.uniform_filter(v, window, mode="constant") for v in (values, np.ones_like(values))]
+        return box[0] / box[1]
+
+    f, w = ((image - image.mean()) / image.std() for image in (fixed, warped))
+    covariance = mean(f * w) - mean(f) * mean(w)
+    variances = [mean(v * v) - mean(v) ** 2 + FLAT for v in (f, w)]
+    return float(-(covariance**2 / (variances[0] * variances[1])).mean())
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_local_ncc_is_that_of_scipy(window):
+    fixed = torch.rand(2, 1, *SHAPE)
+    warped = 0.5 * fixed + 0.4 * torch.rand(2, 1, *SHAPE)
+    pairs = zip(fixed[:, 0].double().numpy(), warped[:, 0].double().numpy())
+    expected = np.mean([reference_ncc(*pair, window) for pair in pairs])
+    assert -0.9 < expected < -0.1
+    assert ncc(fixed, warped, window).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [ncc, global_ncc])
+def test_ncc_does_not_mind_gain_and_bias(kind):
+    """Also at the border, where a window that counted zeros around the image would see the bias as an edge."""
+    fixed, warped = torch.rand(2, 2, 1, *SHAPE)
+    value = kind(fixed, warped).item()
+    for gain, bias in ((0.3, 0.6), (-0.5, 0.5), (0.01, 0.9)):
+        assert kind(fixed, gain * warped + bias).item() == pytest.approx(value, rel=1e-3)
+        assert kind(fixed, gain * fixed + bias).item() == pytest.approx(-1, abs=2e-3)
+
+
+def test_ncc_of_flat_images_is_nothing():
+    """A constant image, and one whose only structure is far below that of the rest: no score and no wild gradient."""
+    textured, flat = torch.rand(1, 1, *SHAPE), torch.full((1, 1, *SHAPE), 0.7, requires_grad=True)
+    for kind in (ncc, global_ncc):
+        score = kind(textured, flat)
+        (gradient,) = torch.autograd.grad(score, flat)
+        assert abs(score.item()) < 1e-3 and gradient.isfinite().all()
+    half = torch.rand(2, 1, 1, *SHAPE)
+    half[..., 5:] = 0.5 + 1e-5 * half[..., 5:]  # rounding of what was flat
+    assert ncc(*half).item() == pytest.approx(ncc(*half[..., :5]).item() * 5 / 15, abs=0.05)
+
+
+def test_global_ncc_is_the_squared_correlation():
+    fixed, warped = torch.rand(2, 3, 1, 4, 5, 6)
+    warped = warped + fixed
+    expected = np.mean([np.corrcoef(f.flatten(), w.flatten())[0, 1] ** 2 for f, w in zip(fixed.numpy(), warped.numpy())])
+    assert global_ncc(fixed, warped).item() == pytest.approx(-expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_both_levels_of_the_similarity_are_of_one_kind(name):
+    fixed, warped = torch.rand(2, 1, 1, *SHAPE)
+    grid, image = (4, 5, 6), SIMILARITIES[name](fixed, warped)
+    at_grid = AT_CONTROL_POINTS[name](*(at_control_points(volume, grid) for volume in (fixed, warped)))
+    assert torch.equal(similarity(name, fixed, warped), image)
+    assert similarity(name, fixed, warped, grid).item() == pytest.approx((image + at_grid).item())
+    inverted = similarity(name, fixed, 1 - fixed, grid) - similarity(name, fixed, fixed, grid)
+    assert inverted.item() > 0.1 if name == "mse" else abs(inverted.item()) < 0.02
+
+
+def test_mutual_information_in_closed_form():
+    """A binary image knows one bit of itself and of its negative, and nothing of another that is independent of it."""
+    image, other = torch.zeros(2, 1, 1, 4, 6, 8)
+    image[:, :, :2], other[..., :4] = 1, 1
+    for seen, expected in ((image, math.log(2)), (1 - image, math.log(2)), (other, 0)):
+        assert -mutual_information(image, seen).item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("g", [5, 8, 10])
+def test_few_control_points_do_not_seem_to_know_of_each_other(g):
+    fixed, unrelated = torch.rand(2, 1, 1, g, g, g)
+    assert 0 <= -coarse_mutual_information(fixed, unrelated).item() < 0.15
+    assert -coarse_mutual_information(fixed, fixed).item() > 0.3
 
 
 def test_mutual_information_does_not_mind_an_inverted_contrast():
@@ -225,6 +326,18 @@ def test_information_of_a_ramp_is_its_squared_slope():
     x = voxel_coordinates((8, 9, 10))
     told = information((0.03 * x[1] - 0.04 * x[2])[None, None])
     torch.testing.assert_close(told, torch.full((1, 1, 8, 9, 10), 25e-4))
+
+
+def test_uncertainty_by_hand():
+    fixed, warped, told = (np.random.default_rng(seed).random((2, 1, 2, 3, 2)) for seed in range(3))
+    variance, widest = np.random.default_rng(3).uniform(0.5, 2, (2, 3, 2, 3, 2)), np.array([1.0, 2.0, 3.0])
+    terms = []
+    for b, a, *x in np.ndindex(variance.shape):
+        at = (b, 0, *x)
+        displaced = ((fixed[at] - warped[at]) ** 2 + NOISE**2) / (told[at] + NOISE**2 / widest[a] ** 2)
+        terms.append(displaced / variance[(b, a, *x)] + LAMBDA0 * np.log(variance[(b, a, *x)]))
+    found = uncertainty(*map(torch.from_numpy, (fixed, warped, told, variance, widest.reshape(3, 1, 1, 1))))
+    assert found.item() == pytest.approx(np.mean(terms))
 
 
 def test_uncertainty_is_least_at_the_displacement_that_the_residual_amounts_to():

@@ -9,25 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+from gridreg import attention as attention_module
 from gridreg import metrics
-from gridreg import network as network_module
-from gridreg.grid import control_point_coordinates
-from gridreg.methods import parameter_count as count
-from gridreg.network import (
+from gridreg.attention import (
     CHANNELS,
     HEAD_CHANNELS,
     HEADS,
     CrossAttention,
-    GridReg,
+    Neighbourhoods,
     encoding,
     grid_encoding,
-    level_grid,
     points_a_window,
+    readers,
     token_basis,
     token_positions,
     tokens_a_spacing,
     windows,
 )
+from gridreg.grid import control_point_coordinates
+from gridreg.interpolation import apply_channels_last
+from gridreg.methods import parameter_count as count
+from gridreg.network import GridReg, level_grid
 
 SHAPE = (24, 27, 31)  # odd sizes, no multiples of 16
 WIDTHS = {4: [16, 32, 32, 64], 5: [16, 32, 32, 64, 64], 6: [16, 32, 32, 64, 64, 128], 7: [16, 32, 32, 64, 64, 128, 128]}
@@ -148,10 +150,11 @@ def test_a_control_point_sees_the_tokens_around_it(grid, monkeypatch):
     """Tokens that hold their own coordinates: the mean of those seen is then where the control point is."""
     shape = tuple(3 * (g - 1) // 2 + 1 for g in grid)  # 1.5 feature voxels a spacing
     coordinates = control_point_coordinates(shape, shape)
-    volumes = torch.stack([coordinates, 2 * coordinates])
-    for cached in (1, network_module.CACHED):  # one plane of control points after the other, and all at once
-        monkeypatch.setattr(network_module, "CACHED", cached)
-        blocks = list(windows(volumes, grid))
+    volumes = torch.stack([coordinates, 2 * coordinates]).permute(0, 2, 3, 4, 1)
+    read = apply_channels_last(volumes, readers(shape, grid, CPU))
+    for cached in (1, attention_module.CACHED):  # one plane of control points after the other, and all at once
+        monkeypatch.setattr(attention_module, "CACHED", cached)
+        blocks = list(windows(read, grid))
         assert len(blocks) == (grid[0] if cached == 1 else 1)
         numbers = np.concatenate([np.arange(math.prod(grid))[some] for some, _, _ in blocks])
         assert (numbers == np.arange(math.prod(grid))).all()
@@ -164,6 +167,11 @@ def test_a_control_point_sees_the_tokens_around_it(grid, monkeypatch):
         inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))  # windows at the border are cut off
         torch.testing.assert_close(means[0][inner], expected[inner])
         torch.testing.assert_close(means[1][inner], 2 * expected[inner])
+
+
+def test_the_gradient_of_neighbourhoods_is_that_of_their_copies():
+    tokens = torch.randn(2, 4, 9, 2, 3, 1, dtype=torch.float64, requires_grad=True)  # 2 and 3 tokens to a spacing
+    assert torch.autograd.gradcheck(lambda t: Neighbourhoods.apply(t, 2, 3), tokens)
 
 
 def test_windows_of_equal_size_hold_about_as_many_control_points_as_wanted():

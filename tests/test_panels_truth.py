@@ -1,4 +1,4 @@
-"""Figures of oracle error and calibration: they are written, say what they are, and add up."""
+"""Approximation and estimation error: they add up, and the figure says what they are."""
 
 from __future__ import annotations
 
@@ -32,20 +32,35 @@ def test_the_gap_is_what_is_left_of_the_error():
     np.testing.assert_allclose(parts["oracle_mm"] + parts["gap_mm"], parts["tre_mm"])
 
 
+def test_the_table_has_the_error_reached_and_the_gap_of_every_grid():
+    table = panels_truth.error_table(*make_cases())
+    assert list(table.columns) == ["dataset", "grid", "run", "pairs", "oracle_mm", "reached_mm", "gap_mm"]
+    found = list(table[["grid", "run"]].itertuples(index=False, name=None))
+    assert found == [("3x3x3", ""), ("5x5x5", "gridreg-5"), ("5x5x5", "gridreg-adaptive"), ("8x8x8", "gridreg-adaptive")]
+    np.testing.assert_allclose(table["oracle_mm"], [1 / 3, 0.2, 0.2, 0.125])
+    np.testing.assert_allclose(table["reached_mm"], [np.nan, 4, 4, 4])
+    np.testing.assert_allclose(table["gap_mm"], [np.nan, 3.8, 3.8, 3.875])
+    assert (table["pairs"] == 3).all()
+
+
+def test_the_answer_is_the_share_of_the_grid():
+    oracle, cases = make_cases()
+    said = panels_truth.answer(panels_truth.error_parts(oracle, cases))
+    assert "pelvis 5 % at 5×5×5 to 3.1 % at 8×8×8" in said and "Most of the error" in said
+    coarse = oracle.assign(oracle_mm=3.0)
+    assert "Most" not in panels_truth.answer(panels_truth.error_parts(coarse, cases))
+    assert panels_truth.answer(panels_truth.error_parts(oracle, cases[cases["run"] == "gridreg-5"])) == ""
+
+
 def test_oracle_figure(tmp_path):
     oracle, cases = make_cases()
-    shown = texts(panels_truth.oracle_figure(tmp_path / "oracle", oracle, cases, {"pelvis": {"simulated": True}}))
-    assert "Simulated cohorts" in shown and "before registration" in shown and "mean error (mm)" in shown
+    figure = panels_truth.oracle_figure(tmp_path / "oracle", oracle, cases, {"pelvis": {"simulated": True}})
+    shown = texts(figure)
+    assert "Simulated cohorts" in shown and "before registration" in shown and "grids are not nested" in shown
     assert sorted(f.name for f in tmp_path.iterdir()) == ["oracle.pdf", "oracle.png"]
+    above, below = figure.axes
+    assert above.get_yscale() == "log" and below.get_yscale() == "linear"
+    tops = {(round(bar.get_x(), 2), round(bar.get_y() + bar.get_height(), 3)) for bar in below.patches}
+    assert tops == {(-0.38, 0.2), (-0.38, 4.0), (0.02, 0.2), (0.02, 4.0), (1.02, 0.125), (1.02, 4.0)}  # oracle, and what was reached
     with pytest.raises(InputError, match="no oracle error"):
         panels_truth.oracle_figure(tmp_path / "f", oracle[:0], cases, {})
-
-
-def test_calibration_figure(tmp_path):
-    rng = np.random.default_rng(0)
-    sigma = rng.uniform(0.5, 3, (3, 500))
-    measured = {"brain": (sigma * rng.standard_normal(sigma.shape), sigma / 2)}
-    shown = texts(panels_truth.calibration_figure(tmp_path / "c", measured, {"brain": 2.0}, simulated=True))
-    assert "scale × 2.00" in shown and "Simulated cohorts" in shown and "AUSE" in shown and "mm" in shown
-    with pytest.raises(InputError, match="no uncertainty"):
-        panels_truth.calibration_figure(tmp_path / "d", {}, {}, simulated=True)

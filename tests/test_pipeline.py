@@ -15,8 +15,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# Messages, names and pictures: an edit here changes no number, and should recompute none.
-NO_DEPENDENCY = {"__init__", "ablation", "errors", "params", "schema", "in_use", "panels", "panels_truth", "style"}
+# Messages and names: an edit here changes no number, and should recompute none. Nor does an edit of how a figure looks,
+# but where a stage writes figures it must draw them anew.
+NO_DEPENDENCY = {"__init__", "ablation", "errors", "params", "rules", "schema", "in_use"}
+LOOKS = {"figures", "panels", "style"}
 
 
 def body(name: str) -> dict:
@@ -41,6 +43,17 @@ def imports(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gridreg."):
             found.add(node.module.split(".")[1])
     return found
+
+
+def outputs(name: str) -> list[str]:
+    """What a stage writes, metrics among it."""
+    listed = [*body(name).get("outs", []), *body(name).get("metrics", [])]
+    return [path if isinstance(path, str) else next(iter(path)) for path in listed]
+
+
+def draws(name: str) -> bool:
+    """Whether a stage writes figures; one into executed/ is nobody's input."""
+    return any(path.startswith("figures/") and not path.endswith((".csv", ".md", ".tex", ".html")) for path in outputs(name))
 
 
 def closure(modules: set[str]) -> set[str]:
@@ -82,8 +95,10 @@ def test_a_stage_lists_the_notebook_and_the_modules_it_uses(name):
     assert str(notebook_of(name).relative_to(ROOT)) in deps
     listed = {Path(dep).stem for dep in deps if dep.startswith("gridreg/")}
     used = closure(imports(code_of(notebook_of(name)))) - NO_DEPENDENCY
+    if not draws(name):
+        used -= LOOKS
     if name == "evaluate_untrained":  # the same notebook, but no weights to read
-        used -= {"checkpoint", "network", "interpolation", "losses", "fold_free", "refine"}
+        used -= {"attention", "checkpoint", "network", "interpolation", "losses", "fold_free", "refine"}
     assert listed - {"align"} <= closure(imports(code_of(notebook_of(name))))
     missing = used - listed - OPTIONAL.get(name, set())
     assert not missing, f"{name} should list {sorted(missing)}"
@@ -92,26 +107,41 @@ def test_a_stage_lists_the_notebook_and_the_modules_it_uses(name):
 # Imported on the way, but nothing of them reaches what the stage writes.
 # ANTs SyN is not trained: what it alone imports belongs to evaluate_untrained.
 SYN = {"syn", "pairwise", "preprocess", "align", "learn2reg", "resample", "splits", "results"}
-DRAWING = {"calibration", "figures", "paper_numbers", "published", "regions", "results", "stats", "tables"}  # of panels_truth
 OPTIONAL = {
-    "false_correspondence": {"fold_free", "network", *DRAWING},
-    "approximation": {"fold_free", "grid", "keymorph", "methods", "network", "transmorph", "truth", "volumes", *DRAWING, *SYN},
+    "false_correspondence": {"attention", "fold_free", "network"},
+    "approximation": {"attention", "fold_free", "grid", "keymorph", "methods", "network", "transmorph", "truth", "volumes", *SYN},
     "train": {"volumes", "truth", *SYN},
     "evaluate": SYN,
     "ablate": SYN,
-    "uncertainty": {"keymorph", "losses", "metrics", "refine", "transmorph", *DRAWING, *SYN},
-    "report": {"checkpoint", "fold_free", "grid", "interpolation", "keymorph", "methods", "network", "regions", "transmorph",
+    "uncertainty": {"keymorph", "losses", "metrics", "refine", "transmorph", *SYN},
+    "report": {"attention", "checkpoint", "fold_free", "grid", "interpolation", "keymorph", "methods", "network", "regions", "transmorph",
                "truth", "volumes", *SYN},
     "evaluate_untrained": {"keymorph", "transmorph", *SYN},
     "preprocess": {"dataset", "results", "truth"},
     "tables": {"dataset", "grid", "volumes", "truth", "learn2reg"},
     "figures": {"truth"},
     "benchmark": {"align", "checkpoint", "cost_report", "dataset", "devices", "fold_free", "learn2reg", "metrics",
-                  "preprocess", "resample", "results", "splits", "truth", "volumes"},
+                  "preprocess", "resample", "results", "splits", "style", "truth", "volumes"},  # to draw is to measure anew
 }
 
 
 UNCACHED = ("tables", "figures", "false_correspondence", "approximation", "uncertainty", "report", "benchmark")  # what git keeps; cheap
+
+
+def test_an_output_is_of_one_stage_and_listed_once():
+    every = [path for name in STAGES for path in outputs(name)]
+    matrix = "results/evaluate/${item.dataset}/${item.run}"  # of two stages, whose runs are others
+    twice = {path for path in every if every.count(path) > 1 and not path.startswith(matrix)}
+    assert not twice
+    for name in STAGES:
+        assert len(outputs(name)) == len(set(outputs(name))), f"{name} lists an output twice"
+
+
+def test_an_edit_of_the_style_redraws_every_figure():
+    drawing = [name for name in STAGES if draws(name) and not body(name).get("frozen")]  # benchmark redraws by make benchmark
+    assert {"figures", "false_correspondence", "approximation", "uncertainty"} <= set(drawing)
+    for name in drawing:
+        assert "gridreg/style.py" in body(name)["deps"], f"{name} keeps figures of another style"
 
 
 @pytest.mark.parametrize("name", STAGES)

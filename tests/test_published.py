@@ -37,7 +37,7 @@ FRAME = rows(
 
 
 def test_a_smaller_peer_is_its_published_self_and_keeps_what_is_varied():
-    assert published(RUNS["voxelmorph"]) == {"method": "voxelmorph", "width": 16, "levels": 5}
+    assert published(RUNS["voxelmorph"]) == {"method": "voxelmorph", "width": 16, "levels": 5, "integration_steps": 5}
     assert is_default(RUNS["voxelmorph"]) and is_default(RUNS["keymorph"]) and is_default(RUNS["gridreg-adaptive"])
     assert published(RUNS["shallow"])["layers"] == 4 and published(RUNS["shallow"])["keypoints"] == 80
     assert not is_default(RUNS["shallow"]) and not is_default(RUNS["bayesian"])
@@ -54,9 +54,10 @@ def test_every_run_finds_its_row_at_the_middle_size():
     assert found.of("gridreg-adaptive", "seconds") == 0.05  # at 10×10×10
     assert found.of("again", "parameters") == found.of("bayesian", "parameters") == 251
     assert found.of("shallow", "seconds") == 2.0
-    syn = rows(("ants-syn", "syn", "", "128x128x102", "register", 23.0, np.nan, np.nan, 0))
+    syn = rows(("ants-syn", "syn", "", "128x128x102", "register", 23.0, np.nan, np.nan, 0)).assign(note="on one thread")
     tuned = {"ants-syn": {"method": "syn", "iterations": [9, 9, 9], "mask_margin": {"prostate": 6}}}
-    assert costs(pd.concat([FRAME, syn]), tuned).of("ants-syn", "seconds") == 23
+    beside = costs(pd.concat([FRAME, syn]), tuned)
+    assert beside.of("ants-syn", "seconds") == 23 and beside.notes == {"ants-syn": "on one thread"} and found.notes == {}
     assert np.isnan(found.of("keymorph", "seconds")) and np.isnan(found.of("nobody", "seconds"))
 
 

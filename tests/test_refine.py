@@ -153,6 +153,31 @@ def test_the_result_is_reproducible():
     assert torch.equal(first, second)
 
 
+def test_what_a_fold_free_network_answers_is_refined_and_what_lies_outside_the_bound_is_refused():
+    torch.manual_seed(0)
+    network = GridReg(base_channels=8, upsampling="bspline", fold_free=True).eval()
+    torch.nn.init.normal_(network.mean.weight, std=1e6)  # far outside: control points lie at the bound
+    fixed, moving, _ = textured_pair(SHAPE)
+    settings = {"steps": 2, "bending_weight": WEIGHT, "upsampling": "bspline"}
+    with torch.no_grad():
+        given = network(fixed, moving, GRID)
+    assert (given.control_points.abs() > 0.999 * displacement_bound(GRID, SHAPE)).any()
+    found = refine(given, fixed, moving, fold_free=True, **settings)
+    assert loss(found, fixed, moving, upsampling="bspline") <= loss(given, fixed, moving, upsampling="bspline")
+    outside = registration_of(1.01 * given.control_points, upsampling="bspline")
+    with pytest.raises(ValueError, match="the control points lie outside the bound of fold_free; expected"):
+        refine(outside, fixed, moving, fold_free=True, **settings)
+    refine(outside, fixed, moving, **settings)
+
+
+@pytest.mark.parametrize(("made", "read"), [("bspline", "trilinear"), ("deconv", "trilinear"), ("trilinear", "bspline")])
+def test_control_points_of_another_upsampling_are_refused(made, read):
+    fixed, moving, _ = textured_pair(SHAPE)
+    start = registration_of(torch.randn(1, 3, *GRID, generator=torch.Generator().manual_seed(0)), upsampling=made)
+    with pytest.raises(ValueError, match=f"not the control points' by upsampling '{read}'; expected the network's"):
+        refine(start, fixed, moving, upsampling=read)
+
+
 @pytest.mark.parametrize("learning_rate", [0.005, 0.5])
 def test_a_fold_free_registration_stays_fold_free(learning_rate):
     """On noise, which rewards folds: without the bound they appear."""

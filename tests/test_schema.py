@@ -53,6 +53,7 @@ BAD = [
     ("grids: [[5, 5, 5]]", "grids: [[5, 5, 99]]", r"the grid \[5, 5, 99\]; expected at most \[.*the shape of prostate"),
     ("upsampling: trilinear", "upsampling: cubic", "upsampling is 'cubic'; expected one of trilinear, bspline, deconv"),
     ("bayesian: false", "bayesian: 0", "bayesian is 0; expected true or false"),
+    ("bayesian: false", "fold_free: true", "runs.gridreg-5: fold_free is true and upsampling trilinear; expected bspline"),
     ("batch: 4", "batch: 0", "batch is 0; expected a whole number of at least 1"),
     ("epochs: null", "epochs: 3", "expected a number for exactly one of them"),
     ("\ntrain:", "\ntrian:", "unknown parameter 'trian'.*nearest: train"),
@@ -160,6 +161,16 @@ def test_a_run_may_have_a_value_for_each_dataset(path):
     edit(path, "{brian: 4,", "{brain: -4,")
     with pytest.raises(InputError, match="bending is .* expected a number of at least 0, or a mapping from datasets to such"):
         load(path)
+
+
+def test_a_bayesian_run_needs_mse_on_every_dataset_in_use(path):
+    edit(path, "bayesian: false", "bayesian: true")
+    load(path)
+    edit(path, "similarity: mse", "similarity: mi")
+    with pytest.raises(InputError, match="runs.gridreg-5 is bayesian and prostate has similarity mi; expected mse"):
+        load(path)
+    edit(path, "[prostate, pelvis, brain]", "[pelvis, brain]")
+    load(path)
 
 
 def test_validate_leaves_its_argument_alone(path):

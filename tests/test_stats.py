@@ -112,6 +112,24 @@ def test_interval_is_students():
     assert np.isnan(stats.interval(np.array([1.0, np.nan]))).all()
 
 
+def test_an_interval_over_patients_counts_each_once():
+    values, patients = np.array([1.0, 3.0, 5.0, 4.0, 0.0, np.nan]), ["a", "a", "a", "b", "c", "d"]
+    mean, low, high = stats.clustered_interval(values, patients)
+    assert mean == pytest.approx((3 + 4 + 0) / 3) and (low, high) == stats.interval(np.array([3.0, 4.0, 0.0]))
+    alone = stats.clustered_interval(values[:3], ["x", "y", "z"])
+    assert alone == (3.0, *stats.interval(values[:3]))
+    assert np.isnan(stats.clustered_interval(values[:3], ["a"] * 3)[1:]).all() and np.isnan(stats.clustered_interval([np.nan], "a")).all()
+
+
+def test_pairs_know_their_patients():
+    index = {"subjects": {f"v{n}": {"patient": "p" if n < 3 else f"q{n}"} for n in range(5)}}
+    pairs = [("v0", "v1"), ("v0", "v2"), ("v1", "v2"), ("v3", "v4"), ("v4", "v3")]
+    cases = pd.DataFrame([{"dataset": "d", "run": run, "fixed": f, "moving": m} for run in "ab" for f, m in pairs])
+    assert list(results.with_patients(cases, {"d": index})["patient"][:5]) == ["p", "p", "p", "q3 q4", "q3 q4"]
+    assert results.pairs_in_words(cases, index) == "5 pairs of 3 patients, up to 3 pairs each"
+    assert results.pairs_in_words(cases[:1], {}) == "1 pair of 2 patients"
+
+
 def test_summary_counts_failures_and_keeps_to_the_chosen_grid():
     cases = make_cases(6)
     lost = (cases["run"] == "voxelmorph") & cases["fixed"].isin(["f0", "f4"])
@@ -144,12 +162,25 @@ def test_metric_nobody_has_gets_no_row_and_a_hole_is_an_error():
         stats.summarise(cases)
 
 
-def test_compare_corrects_within_dataset_and_metric():
-    table = stats.compare(make_cases(9, datasets=("prostate", "brain")))
-    for _, family in table.groupby(["dataset", "metric"]):
+def test_compare_corrects_over_the_baselines_within_dataset_and_metric():
+    cases = make_cases(9, datasets=("prostate", "brain"))
+    more = cases[cases["run"] == "voxelmorph"]
+    noise = 1 + 0.05 * np.random.default_rng(5).normal(size=len(more))
+    cases = pd.concat([cases, more.assign(run="keymorph", method="keymorph", dice=more["dice"] * noise)], ignore_index=True)
+    table = stats.compare(cases)
+    baselines = table[table["run"].isin(["voxelmorph", "keymorph"])]
+    assert len(baselines) and (baselines["sides"] == "one-sided").all()
+    for _, family in baselines.groupby(["dataset", "metric"]):
         np.testing.assert_allclose(family["q"], scipy.stats.false_discovery_control(family["p"]))
+    others = table.drop(baselines.index)
+    assert others["q"].isna().all() and others["p"].notna().all()
+    ours, variant = (cases[(cases["run"] == run) & cases["chosen"] & (cases["dataset"] == "brain")].sort_values("fixed")
+                     for run in ("gridreg-adaptive", "gridreg-10"))  # fmt: skip
+    row = table.set_index(["dataset", "metric", "run"]).loc[("brain", "tre_mm", "gridreg-10")]
+    assert row["sides"] == "two-sided"
+    assert row["p"] == pytest.approx(scipy.stats.ttest_rel(ours["tre_mm"].to_numpy(), variant["tre_mm"].to_numpy()).pvalue)
     dice = table[table["metric"] == "dice"]
-    assert list(dice["run"].unique()) == ["identity", "voxelmorph", "gridreg-10"]
+    assert list(dice["run"].unique()) == ["identity", "voxelmorph", "keymorph", "gridreg-10"]
     assert (dice["p"] < 0.05).all() and (dice["difference"] > 0).all()
     assert "identity" not in set(table.loc[table["metric"] == "folding_percent", "run"])
 

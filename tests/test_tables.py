@@ -15,10 +15,12 @@ from gridreg.errors import InputError
 from gridreg.paper_numbers import TABLE1, facing
 from gridreg.published import Costs
 from gridreg.table_text import latex_escape, lines, to_latex, to_markdown, write_table
-from gridreg.tables import Setting, dataset_label, table1
+from gridreg.tables import Setting, dataset_label, syn_in_words, table1
 
-METHODS = {"identity": "", "voxelmorph": "", "gridreg-10": "10x10x10", "gridreg-adaptive": "10x10x10"}
-SETTING = Setting("demo", {"prostate": {"voxelmorph": (600, 4), "gridreg-adaptive": (900, 4)}}, "width 16_32")
+METHODS = {"identity": "", "ants-syn": "", "voxelmorph": "", "keymorph": "", "gridreg-10": "10x10x10", "gridreg-adaptive": "10x10x10"}
+SYN = {"method": "syn", "iterations": [9, 5, 0], "mask_margin": {"prostate": 6}}
+SETTING = Setting("demo", {"prostate": {"voxelmorph": (600, 4), "gridreg-adaptive": (900, 4)}}, "width 16_32",
+                  syn=syn_in_words(SYN, ["prostate", "brain"]))  # fmt: skip
 
 
 def make_cases(means: dict[str, float], dataset: str = "prostate", n: int = 6) -> pd.DataFrame:
@@ -28,9 +30,10 @@ def make_cases(means: dict[str, float], dataset: str = "prostate", n: int = 6) -
         spread = rng.normal(size=n) * 0.01
         for case, dice in enumerate(mean + spread - spread.mean()):
             rows.append(
-                {"dataset": dataset, "run": run, "method": run.split("-")[0], "grid": METHODS[run], "chosen": True,
+                {"dataset": dataset, "run": run, "method": "syn" if run == "ants-syn" else run.split("-")[0], "grid": METHODS[run], "chosen": True,
                  "fixed": f"f{case}", "moving": f"m{case}", "dice": dice, "landmark_mm": 30 * (1 - dice),
-                 "mask_mm": 20 * (1 - dice), "tre_mm": 25 * (1 - dice), "tre_interior_mm": 26 * (1 - dice), "tre_boundary_mm": 24 * (1 - dice), "logdet_mean": 0.0, "logdet_std": 1 - dice,
+                 "mask_mm": 20 * (1 - dice), "tre_mm": 25 * (1 - dice), "tre_interior_mm": 26 * (1 - dice),
+                 "tre_boundary_mm": 24 * (1 - dice), "logdet_mean": 0.0, "logdet_std": 1 - dice,
                  "folding_percent": 0.0, "nondiffeomorphic_percent": 0.0, "labels_lost": 0,
                  "landmarks_missing": 0, "seconds": 0.1 + 0.01 * case, "peak_mb": np.nan}
             )  # fmt: skip
@@ -55,6 +58,36 @@ def make_table(means=LOSING, skipped=None, index=None, dataset="prostate"):
 @functools.cache
 def default_table():
     return make_table()
+
+
+def test_nothing_is_best_where_all_are_equal_and_no_parameters_are_no_merit():
+    table = default_table()
+    assert not table.rows.loc[table.rows["metric"] == "folding_percent", "best"].any()
+    costs = Costs(pd.DataFrame({"parameters": [0, 105, 252]}, index=["ants-syn", "voxelmorph", "gridreg-adaptive"]), "1x1x1", "cpu", 1)
+    means = {"ants-syn": 0.9, "voxelmorph": 0.8, "gridreg-adaptive": 0.85}
+    table = table1(make_cases(means), costs, {}, {"prostate": {"simulated": True}}, SETTING)
+    assert [cell(table, "parameters", name)["best"] for name in means] == [False, True, False]
+
+
+def test_what_syn_sees_is_said_where_syn_is():
+    costs = COSTS._replace(notes={"ants-syn": "9, 5, 0 iterations, on one thread"})
+    means = {"ants-syn": 0.9, "voxelmorph": 0.8, "gridreg-adaptive": 0.85}
+    notes = table1(make_cases(means), costs, {}, {"prostate": {"simulated": True}}, SETTING).notes
+    said = next(note for note in notes if note.startswith("ANTs SyN: "))
+    for words in ("9, 5, 0 iterations, from the coarsest", "(prostate 6); no masks for brain", "In the benchmark: 9, 5, 0 iterations, on one"):
+        assert words in said
+    assert syn_in_words(SYN | {"mask_margin": None}, ["prostate"]).endswith("; no masks.")
+    assert "(brain 2)" in syn_in_words(SYN | {"mask_margin": 2}, ["brain"])
+    assert not any(note.startswith("ANTs SyN: ") for note in default_table().notes)
+
+
+def test_baselines_have_q_and_variants_a_p_that_says_so():
+    table = default_table()
+    dice = next(line for line in lines(table.rows)[1] if line.kind == "q")
+    assert [text for text, _ in dice.cells[:3]] == ["", "1.000", ""]  # original, VoxelMorph, GridReg itself
+    assert dice.cells[3][0] == f"p {cell(table, 'dice', 'gridreg-10')['p']:.3f}" or dice.cells[3][0] == "p <0.001"
+    assert np.isnan(cell(table, "dice", "identity")["q"]) and cell(table, "dice", "identity")["p"] > 0.5
+    assert any("6 pairs of 12 patients" in note for note in table.notes)
 
 
 def cell(table, metric, method):
@@ -114,7 +147,8 @@ def test_the_papers_values_face_ours_with_their_marks():
     assert cell(table, "mask_mm", "gridreg-adaptive")["paper"] == ""  # bold and lost: blank, not guessed
     assert cell(table, "folding_percent", "voxelmorph")["paper"] == "0.4"
     assert cell(table, "parameters", "gridreg-adaptive")["paper"] == "252,960"
-    assert cell(table, "memory_mb", "voxelmorph")["paper"] == "208"
+    assert cell(table, "memory_mb", "voxelmorph")["paper"] == "208 / 168 / 317"
+    assert cell(table, "memory_mb", "gridreg-adaptive")["paper"] == "146* / – / –"
     assert facing("oasis", "dice", "voxelmorph") is None
 
 
@@ -154,9 +188,9 @@ def test_markdown_reads_back():
     table = make_table(skipped={"lumir": "not | there"})
     rows = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
     split = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
-    assert {len(cells) for cells in split} == {len(METHODS) + 1}
+    assert {len(cells) for cells in split} == {len(LOSING) + 1}
     heads = [cell.strip() for cell in split[0]]
-    assert heads == ["", "Original", "VoxelMorph", "GridReg-10", "GridReg (adaptive)"]
+    assert heads == ["", "Original", "VoxelMorph", "GridReg (adaptive)", "GridReg-10"]
     dice = next(cells for cells in split if cells[0].strip() == "Dice")
     assert re.fullmatch(r"0\.950 ± 0\.0\d\d", dice[1].strip())
     assert [cell.strip().startswith("**") for cell in dice[1:]] == [False, True, False, False]
@@ -179,7 +213,7 @@ def test_latex_is_balanced_and_rectangular():
     text = to_latex(make_table(skipped={"lumir_1": "100% missing"}))
     body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
     for row in [line for line in body.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]:
-        assert len(re.findall(r"(?<!\\)&", row)) == len(METHODS)
+        assert len(re.findall(r"(?<!\\)&", row)) == len(LOSING)
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert text.count(r"\begin{") == text.count(r"\end{")

@@ -53,7 +53,7 @@ DATA = { test -d data && test -d checkpoints; } || "$(BIN)/dvc" pull --quiet dat
 # up to EACH stages of a group, as it takes seconds to start. `dvc repro` then does what is left.
 JOBS ?= 2
 EACH ?= 3
-BESIDE ?= preprocess@ train@,ablate@,evaluate_untrained@,false_correspondence evaluate@ tables,figures,approximation,uncertainty
+BESIDE ?= preprocess@ train@,ablate@,evaluate_untrained@,false_correspondence evaluate@,evaluate_refined@ tables,figures,approximation,uncertainty
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 define SIDE_BY_SIDE
 for stage in $(BESIDE); do stages=$$("$(BIN)/dvc" status --json \

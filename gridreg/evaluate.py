@@ -39,11 +39,11 @@ def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, 
     return network, grid_sizes(config["run"]), chosen, config["training"]
 
 
-def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict[str, Any] | None:
-    """Arguments of ``refine.refine`` by which a run is refined with the losses it was trained with; None: no refinement."""
+def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict[str, Any]:
+    """Arguments of ``refine.refine`` by which a run is refined with the losses it was trained with, but for the Dice."""
     steps, trained = params["evaluate"]["refine_steps"], training_arguments(params, dataset, run)
     bending_weight = trained["bending_weight"] * trained["settings"]["bending"]
-    return {"steps": steps, "similarity": trained["similarity"], "bending_weight": bending_weight} if steps else None
+    return {"steps": steps, "similarity": trained["similarity"], "bending_weight": bending_weight}
 
 
 @torch.inference_mode()

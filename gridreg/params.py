@@ -95,8 +95,11 @@ def load(path: str | Path = "params.yaml") -> dict[str, Any]:
 
 
 def state_defaults(params: dict, path: str | Path) -> list[str]:
-    """Write what a dataset in use leaves out, in place: DVC reads each value by name. One line for each such dataset."""
+    """Write what use and a dataset in use leave out, in place: DVC reads each value by name. One line for each."""
     lines = []
+    if "refined" not in params["use"]:
+        params["use"]["refined"] = []
+        lines.append(f"{path}: use has the default for refined")
     for name, values in params["datasets"].items():
         absent = {n: rule.default for n, rule in DATASET.items() if n not in values and n != "title"}
         values.update(absent)

@@ -62,6 +62,7 @@ RUN_LABELS = {
     "transmorph": "TransMorph",
     "keymorph": "KeyMorph",
     "gridreg-adaptive": "GridReg (adaptive)",
+    "gridreg-adaptive-refined": "GridReg (refined)",
     "gridreg-bayesian": "GridReg (Bayesian)",
     "gridreg-5": "GridReg-5",
     "gridreg-8": "GridReg-8",
@@ -82,6 +83,16 @@ def in_order(names: Iterable[str], known: Iterable[str] = tuple(RUN_LABELS)) -> 
     """The distinct ``names``: those in ``known`` first, in that order, then the others alphabetically."""
     present, known = set(names), list(known)
     return [name for name in known if name in present] + sorted(present - set(known))
+
+
+def refined_name(run: str) -> str:
+    """What a run is called where its control points were refined on every pair."""
+    return f"{run}-refined"
+
+
+def evaluated_runs(use: Mapping[str, list[str]]) -> list[str]:
+    """Every run that has per-case results, of the section ``use`` of ``params.yaml``."""
+    return use["untrained"] + use["trained"] + [refined_name(run) for run in use["refined"]]
 
 
 def grid_label(grid: str) -> str:

@@ -33,6 +33,7 @@ USE = {
     "order": default(NAMES, []),
     "trained": NAMES,
     "untrained": NAMES,
+    "refined": default(NAMES, []),                                # trained runs that are evaluated refined, too
 }
 DATASET = {                                                       # `make repro` writes what is left out: DVC reads each
     "title": default(TEXT, None),                                 # null: the dataset's name
@@ -59,7 +60,7 @@ TRAIN = {
 }
 TUNED = ("learning_rate", "bending")                              # a run may give one for each dataset by name
 EVALUATE = {
-    "refine_steps": default(whole(0), 0),                         # of instance refinement, for methods with a grid
+    "refine_steps": default(whole(1), 40),                        # of instance refinement, for the runs of use.refined
 }
 METHODS = {                                                       # a trained run may give any name of TRAIN, too
     "identity": {},
@@ -231,6 +232,9 @@ def check_use(params: dict, source: str | Path) -> None:
                                  f"expected it in use.{other}")
             for dataset in use["datasets"]:
                 check_fit(params["runs"][name], dataset, blocks["datasets"][dataset], f"{source}: runs.{name}")
+    for name in use.get("refined", []):
+        if name not in use["trained"] or "grids" not in params["runs"][name]:
+            raise InputError(f"{source}: use.refined names {name!r}; expected runs of use.trained that have control points")
 
 
 def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[str, Any]:

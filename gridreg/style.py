@@ -36,6 +36,7 @@ COLOURS = {
     "gridreg-10": "#4AA6DF",
     "gridreg-15": "#2B92D0",
     "gridreg-adaptive": "#0065AB",
+    "gridreg-adaptive-refined": "#003F6B",
     "gridreg-bayesian": "#2B3A8C",
 }
 _UNKNOWN = "#444444"

@@ -17,7 +17,9 @@ from gridreg.errors import InputError
 from gridreg.paper_numbers import PAPER_COLUMN, PAPER_COLUMN_LABELS, PAPER_DATASETS, facing_text
 from gridreg.published import Costs, reductions
 from gridreg.regions import THICKNESS_MM
-from gridreg.results import CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, pairs_in_words, run_label
+from gridreg.results import (
+    CASE_METRICS, METRICS, REFERENCE, chosen_rows, in_order, pairs_in_words, refined_name, run_label,
+)  # fmt: skip
 from gridreg.stats import Test, compare, summarise
 
 COLUMNS = ["dataset", "dataset_label", "simulated", "metric", "unit", "method", "method_label", "grid", "mean", "sd", "n",
@@ -199,8 +201,11 @@ def _notes(
     if any(index["simulated"] for name, index in indexes.items() if name in set(cases["dataset"])):
         notes.append(SIMULATED)
     notes.append(setting_in_words(setting))
-    if setting.refine_steps:
-        notes.append(f"GridReg is refined on every test pair by {setting.refine_steps} steps of optimisation without labels.")
+    if refined_name(REFERENCE) in set(cases["run"]):
+        notes.append(
+            f"{run_label(refined_name(REFERENCE))}: the control points of {run_label(REFERENCE)}, optimised for every test pair by "
+            f"{setting.refine_steps} steps of the losses of training, but for the labels; it costs that much more time."
+        )
     notes.append(
         f"Mean ± SD over test pairs ({test_pairs_in_words(cases, indexes)}); bold: best mean among registration methods, equal "
         "as printed being equal, nothing where all are."

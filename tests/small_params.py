@@ -33,6 +33,7 @@ use:
   skipped: []
   trained: [voxelmorph, gridreg-adaptive, gridreg-5, gridreg-8]
   untrained: [identity]
+  refined: []
 
 datasets:
   # a comment in between

@@ -19,5 +19,3 @@ def test_refinement_has_the_weights_of_the_training(tmp_path):
     assert found["prostate"] == {"steps": 7, "similarity": "ncc", "bending_weight": 2e5}
     assert found["brain"] == {"steps": 7, "similarity": "mse", "bending_weight": pytest.approx(8e5)}
     assert found["pelvis"]["bending_weight"] == pytest.approx(1e5)
-    values["evaluate"]["refine_steps"] = 0
-    assert refinement_arguments(values, "brain", "gridreg-8") is None

@@ -112,6 +112,7 @@ OPTIONAL = {
     "approximation": {"attention", "fold_free", "grid", "keymorph", "methods", "network", "transmorph", "truth", "volumes", *SYN},
     "train": {"volumes", "truth", *SYN},
     "evaluate": SYN,
+    "evaluate_refined": SYN,
     "ablate": SYN,
     "uncertainty": {"keymorph", "losses", "metrics", "refine", "transmorph", *SYN},
     "report": {"attention", "checkpoint", "fold_free", "grid", "interpolation", "keymorph", "methods", "network", "regions", "transmorph",

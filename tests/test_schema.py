@@ -33,6 +33,8 @@ BAD = [
     ("gridreg-8]\n  untrained: [identity]", "identity]\n  untrained: []", "'identity' of method identity; .* use.untrained"),
     ("gridreg-8]\n  untrained: [identity]", "identity]\n  untrained: [identity]", "the run 'identity' twice"),
     (", gridreg-8]\n  untrained: [identity]", "]\n  untrained: [gridreg-8]", "'gridreg-8' of method gridreg; .* use.trained"),
+    ("refined: []", "refined: [gridreg-10]", "use.refined names 'gridreg-10'; expected runs of use.trained that have control points"),
+    ("refined: []", "refined: [voxelmorph]", "use.refined names 'voxelmorph'; expected runs of use.trained that have control"),
     ("method: voxelmorph", "method: voxelmorf", "unknown method 'voxelmorf'.*nearest: voxelmorph"),
     ("    method: voxelmorph\n", "", "voxelmorph has no method; expected method: and one of identity"),
     ("\n# A comment above train.", "\nunused:", "unused is None; expected names with values"),
@@ -107,6 +109,14 @@ def test_what_a_dataset_leaves_out_is_written_for_dvc_to_read(path, name, value)
     assert f"dataset prostate has the default for {name}" in " ".join(update(path))
     assert f"{name}: {value}" in path.read_text().split("pelvis:")[0].split("datasets:")[-1]
     assert load(path) == whole and not update(path)
+
+
+def test_what_use_leaves_out_is_written_for_dvc_to_read(path):
+    whole = load(path)
+    edit(path, "  refined: []\n", "")
+    assert load(path) == whole
+    assert "use has the default for refined" in " ".join(update(path))
+    assert "  refined: []\n" in path.read_text() and load(path) == whole and not update(path)
 
 
 def test_the_cohort_of_the_readme_is_taken_as_it_stands(path):

@@ -6,6 +6,7 @@ import functools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from gridreg.published import Costs
 from gridreg.table_text import latex_escape, lines, to_latex, to_markdown, write_table
 from gridreg.tables import Setting, dataset_label, syn_in_words, table1
 
-METHODS = {"identity": "", "ants-syn": "", "voxelmorph": "", "keymorph": "", "gridreg-10": "10x10x10", "gridreg-adaptive": "10x10x10"}
+METHODS = {"identity": "", "gridreg-adaptive-refined": "10x10x10", "ants-syn": "", "voxelmorph": "", "keymorph": "", "gridreg-10": "10x10x10", "gridreg-adaptive": "10x10x10"}
 SYN = {"method": "syn", "iterations": [9, 5, 0], "mask_margin": {"prostate": 6}}
 SETTING = Setting("demo", {"prostate": {"voxelmorph": (600, 4), "gridreg-adaptive": (900, 4)}}, "width 16_32",
                   syn=syn_in_words(SYN, ["prostate", "brain"]))  # fmt: skip
@@ -67,6 +68,14 @@ def test_nothing_is_best_where_all_are_equal_and_no_parameters_are_no_merit():
     means = {"ants-syn": 0.9, "voxelmorph": 0.8, "gridreg-adaptive": 0.85}
     table = table1(make_cases(means), costs, {}, {"prostate": {"simulated": True}}, SETTING)
     assert [cell(table, "parameters", name)["best"] for name in means] == [False, True, False]
+
+
+def test_a_refined_run_is_told_from_the_network_s_own_answer_and_tested_as_its_variant():
+    means = {"voxelmorph": 0.8, "gridreg-adaptive": 0.85, "gridreg-adaptive-refined": 0.9}
+    table = table1(make_cases(means), COSTS, {}, {"prostate": {"simulated": True}}, replace(SETTING, refine_steps=40))
+    assert any(note.startswith("GridReg (refined): the control points of GridReg (adaptive)") and " 40 steps " in note for note in table.notes)
+    assert cell(table, "dice", "gridreg-adaptive-refined")["best"] and cell(table, "dice", "gridreg-adaptive-refined")["sides"] == "two-sided"
+    assert not any("refined" in note for note in default_table().notes)
 
 
 def test_what_syn_sees_is_said_where_syn_is():

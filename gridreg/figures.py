@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from gridreg.errors import InputError
 from gridreg.paper_numbers import FIGURE8_TEXT, PAPER_DATASETS
-from gridreg.results import METRICS, PAIR, REFERENCE, grid_label, in_order, run_label
+from gridreg.results import METRICS, REFERENCE, grid_label, in_order, run_label
 from gridreg.stats import interval, matched, two_sided
 from gridreg.style import NEUTRAL, OTHERS, add_caption, colour, save_figure, styled
 from gridreg.tables import dataset_label

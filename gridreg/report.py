@@ -57,13 +57,13 @@ CALIBRATION = {  # column of calibration.csv → its head and format
 }  # fmt: skip
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2em auto;padding:0 1em}
 h1{font-size:1.7em}h2{margin-top:2em;border-bottom:1px solid #ccc;padding-bottom:.2em}p,ul{max-width:68em}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}th,td{padding:.25em .6em;text-align:left;
 border-bottom:1px solid #e5e5e5;vertical-align:top}figure{margin:1.5em 0}img{max-width:100%}
-.data{overflow-x:auto}.data table{font-size:11.5px}.data td,.data th{padding:.2em .35em}.data td{white-space:nowrap}
+.data{overflow-x:auto}.data table{font-size:10.5px}.data td,.data th{padding:.2em .3em}.data td{white-space:nowrap}
 .data th{vertical-align:bottom}.data td:first-child,.data th:first-child{position:sticky;left:0;background:#fff;padding-left:0;
-white-space:normal;min-width:9em}.data .heading{padding-top:1em}.effects{width:42%}
+white-space:normal;min-width:8em}.data .heading{padding-top:1em}.effects{width:42%}
 figcaption,.small,.data ul,.common{font-size:13px;color:#444}.data td.below:first-child{padding-left:1.4em}.below,.below~td{color:#777}
 .counts,.verdict{white-space:nowrap}.verdict{font-weight:600}details{margin:.2em 0}summary{cursor:pointer;color:#444}nav a{margin-right:1em}
 """

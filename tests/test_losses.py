@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from gridreg.grid import control_point_coordinates, voxel_coordinates, warp
 from gridreg.interpolation import METHODS, upsample

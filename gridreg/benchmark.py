@@ -43,6 +43,7 @@ OUTSIDE = {"ants-syn": "in a process of its own, on one thread; its memory is no
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
            "bending-grid": losses.grid_bending_energy}  # fmt: skip
 SMALL = (32, 32, 32)  # the pair that starts a method up, and the smallest that all of them take
+PATIENCE = 5.0  # times ``limit_seconds`` for what works in a process of its own: it is called once, not twice and more
 SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is measured once
 SPARE = 0.8  # share of the available memory that a row may be expected to need
 
@@ -166,7 +167,8 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
     except Exception as error:  # whatever keeps a peer from being built is the answer
         yield from (job.row(note=reason(error)) for job in jobs)
         return
-    size = parameter_count(network)
+    size, outside = parameter_count(network), OUTSIDE.get(RUNS.get(method, method))
+    longest = limit_seconds * (PATIENCE if outside else 1)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-6) if size else None
 
     def call(job: Job) -> Callable[[], None]:
@@ -187,9 +189,15 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                     timed(call(small), where)
                     seconds, mb, _ = watched(call(small), where)
                     pace = seconds / small.voxels, mb / small.voxels
-                why = refusal(pace, job, limit_seconds, where)
+                why = refusal(pace, job, longest, where)
                 if why:
                     yield row | {"note": why}
+                    continue
+                if outside:  # started by the small pair, and nothing of it can be watched from here
+                    seconds = timed(call(job), where)
+                    pace = seconds / job.voxels, 0.0
+                    iterations = ", ".join(map(str, published(run)["iterations"]))
+                    yield row | {"seconds": seconds, "seconds_min": seconds, "repeats": 1, "note": f"{iterations} iterations, {outside}"}
                     continue
                 result, row["multiply_adds"] = cost(call(job), where, limit_seconds / SLOW)
                 pace = result.seconds / job.voxels, result.memory_mb / job.voxels
@@ -199,10 +207,6 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                     row |= parts(network, on_device(job.shape, where), grid, where, result.repeats)
             except Exception as error:
                 row["note"] = reason(error)
-            if row["run"] in OUTSIDE:
-                iterations = ", ".join(map(str, published(run)["iterations"]))
-                said = f"{iterations} iterations, {OUTSIDE[row['run']]}"
-                row |= {"memory_mb": math.nan, "multiply_adds": math.nan, "note": row.get("note", said)}
             yield row
 
 
@@ -220,7 +224,7 @@ def measure(
     methods        names as in ``methods.build``, in their published size
     batches        pairs in a training step; none: training is not measured
     grids          control points, for GridReg
-    limit_seconds  a call that is expected to take longer is left out
+    limit_seconds  a call that is expected to take longer is left out (of SyN: ``PATIENCE`` times as long)
     variants       runs by name, each measured in its published size at the middle one of ``shapes`` (of two the smaller)
     settings       runs by method, to measure in the place of its defaults (``untrained_settings``)
 

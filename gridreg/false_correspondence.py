@@ -178,8 +178,7 @@ def _optimise(start: Tensor, fixed: Tensor, moving: Tensor, bending_weight: floa
     for _ in range(steps):
         control_points = start + F.pad(moved * SIZE, (0, 0, 0, 0, 0, 0, 1, 0))  # nothing moves along the first axis
         warped = warp(moving, upsample(control_points, (1, SIZE, SIZE)))
-        at_grid = [losses.at_control_points(image[:, :1], control_points.shape[2:]) for image in (fixed, warped)]
-        loss = losses.mse(fixed[:, :1], warped[:, :1]) + losses.mse(*at_grid)
+        loss = losses.similarity("mse", fixed[:, :1], warped[:, :1], tuple(control_points.shape[2:]))
         loss = loss + bending_weight * losses.grid_bending_energy(control_points, (3, SIZE, SIZE))
         # means over pairs become sums, so that no pair knows of the others; those without masks add nothing to the Dice
         loss = loss * len(fixed) + DICE_WEIGHT * masked * losses.dice(fixed[:, 1:], warped[:, 1:])

@@ -115,7 +115,7 @@ test-browser: $(STAMP) ## Run the interactive notebooks in a real browser: a Chr
 
 cohort: PROFILE ?= paper
 cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper)
-	"$(BIN)/python" -m gridreg.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)"
+	"$(BIN)/python" -m gridreg.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)" --workers "$(CORES)"
 
 lock: ## Choose the second section of requirements.txt anew, after a change to the first
 	@set -euo pipefail; \

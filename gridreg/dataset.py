@@ -11,8 +11,12 @@ import nibabel
 import numpy as np
 
 from gridreg.errors import InputError
+from gridreg.memory import MB, available_mb
 from gridreg.truth import pair_truth
 from gridreg.volumes import read_points
+
+
+KEPT = 0.5  # share of the memory that is free at the start: a second training beside this one takes half of the rest
 
 
 def load_index(folder: Path | str) -> dict:
@@ -26,6 +30,7 @@ def load_index(folder: Path | str) -> dict:
 class Preprocessed:
     """Access to one preprocessed folder. Images, labels and landmarks are read once and kept in memory.
 
+    What has no place in half of the free memory (3384 brains of 160×192×160 take 69 GB) is read anew each time.
     The arrays handed out are the kept ones: copy before writing into them.
     """
 
@@ -35,6 +40,7 @@ class Preprocessed:
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
         self.spacing = float(self.index["spacing_mm"])  # mm, isotropic
         self._kept: dict[tuple[str, str], Any] = {}
+        self._room = KEPT * available_mb() * MB
 
     @property
     def affine(self) -> np.ndarray:
@@ -78,9 +84,14 @@ class Preprocessed:
     def _keep(self, kind: str, subject: str, read: Callable[[], Any]) -> Any:
         if not self._record(subject).get(kind, kind == "image"):
             return None
-        if (kind, subject) not in self._kept:
-            self._kept[kind, subject] = read()
-        return self._kept[kind, subject]
+        if (kind, subject) in self._kept:
+            return self._kept[kind, subject]
+        value = read()
+        size = getattr(value, "nbytes", 0)
+        if size <= self._room:
+            self._room -= size
+            self._kept[kind, subject] = value
+        return value
 
     def _record(self, subject: str) -> dict:
         if subject not in self.index["subjects"]:

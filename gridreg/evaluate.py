@@ -40,10 +40,13 @@ def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, 
 
 
 def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict[str, Any]:
-    """Arguments of ``refine.refine`` by which a run is refined with the losses it was trained with, but for the Dice."""
-    steps, trained = params["evaluate"]["refine_steps"], training_arguments(params, dataset, run)
-    bending_weight = trained["bending_weight"] * trained["settings"]["bending"]
-    return {"steps": steps, "similarity": trained["similarity"], "bending_weight": bending_weight}
+    """Arguments of ``refine.refine`` by which a run is refined with the losses it was trained with, but for the Dice.
+
+    The bending weight is that of its training, times ``refine_bending``.
+    """
+    section, trained = params["evaluate"], training_arguments(params, dataset, run)
+    bending_weight = trained["bending_weight"] * trained["settings"]["bending"] * section["refine_bending"]
+    return {"steps": section["refine_steps"], "similarity": trained["similarity"], "bending_weight": bending_weight}
 
 
 @torch.inference_mode()
@@ -138,8 +141,7 @@ def evaluate(
     """Per-case results of ``network`` on the test pairs, at each of ``grids``; one row a pair and grid.
 
     chosen      the grid size chosen on validation; the rows of the others are for Figure 8 alone
-    refinement  arguments of ``refine.refine``, for methods with control points and at the chosen grid; None: what the
-                network answers
+    refinement  arguments of ``refine.refine``, for methods with control points; None: what the network answers
     pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases, and
                 for σ in mm where the method has a Bayesian head
     """
@@ -153,9 +155,8 @@ def evaluate(
         truth = data.truth(fixed, moving)
         for grid in grids:
             registration, warped, seconds, peak_mb = register(
-                network, data.image(fixed), data.image(moving), grid, where,
-                refinement if grid == chosen else None, [data.labels(fixed), data.labels(moving)],
-            )  # fmt: skip
+                network, data.image(fixed), data.image(moving), grid, where, refinement, [data.labels(fixed), data.labels(moving)]
+            )
             displacement = registration.displacement[0].cpu().numpy()
             row: dict[str, Any] = {"dataset": dataset, "run": run, "method": method, "grid": grid_name(grid)}
             row |= {"chosen": grid == chosen, "fixed": fixed, "moving": moving}

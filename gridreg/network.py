@@ -151,7 +151,9 @@ class GridReg(nn.Module):
             raise ValueError(f"images must have more than {2**STRIDED_LAYERS} voxels on some axis, found {shape}")
         features, x, y, at = {}, torch.cat([fixed, moving], dim=1), None, None
         for layer, encode in enumerate(self.encoder, start=1):
-            features[layer] = x = encode(x)
+            x = encode(x)
+            if layer in self.layers:  # the others need not be kept
+                features[layer] = x
         for layer, level in zip(self.layers, self.decoder):
             whole = level.coarsest or level is self.decoder[-1]
             here = level_grid(grid_size, features[layer].shape[2:], whole)

@@ -1,8 +1,8 @@
 """Preprocess a cohort: one grid, one orientation, intensities in [0, 1] (Section 4 of the paper, Data).
 
 Each scan is turned to canonical RAS, optionally aligned to a reference by an affine map, resampled to isotropic voxels
-and cropped or padded to one shape, all in a single interpolation. Labels, landmarks and, for simulated cohorts, the
-true deformation go along.
+and cropped or padded to one shape, all in a single interpolation. Labels, landmarks and, for the held-out
+subjects of simulated cohorts, the true deformation go along.
 
 The grid. affine = diag(spacing) with the grid's centre, voxel (shape - 1) / 2, at
 
@@ -128,7 +128,7 @@ def preprocess_subject(
     write_volume(out / "images" / f"{subject.id}.nii.gz", moved, target.affine)
     record = {
         "split": subject.split, "patient": subject.patient, "label": subject.label is not None,
-        "landmarks": subject.landmarks is not None, "truth": subject.truth is not None,
+        "landmarks": subject.landmarks is not None, "truth": subject.truth is not None and subject.split != "train",
         "orientation": "".join(nibabel.aff2axcodes(volume.file_affine)),
         # share of the image's total intensity inside the crop: low means that the shape cuts it
         "kept": round(float(moved.sum() * abs(np.linalg.det(grid_to_source)) / image.sum()), 3),
@@ -149,7 +149,7 @@ def preprocess_subject(
                 raise InputError(f"{subject.landmarks}: found landmark '{key}' at voxel {point.round(1).tolist()}, "
                                  f"expected it inside the {_size(target)} crop; a larger shape would contain it.")
         write_landmarks(out / "landmarks" / f"{subject.id}.csv", points)
-    if subject.truth is not None:
+    if record["truth"]:  # nothing may learn from that of a training subject, and 3000 of them would fill a disk
         field, lattice = read_field_mm(subject.truth)
         carried = resample_field(field, lattice, target.affine, to_source, target.shape)
         write_field_mm(out / "truth" / f"{subject.id}.nii.gz", carried, target.affine)

@@ -61,6 +61,7 @@ TRAIN = {
 TUNED = ("learning_rate", "bending")                              # a run may give one for each dataset by name
 EVALUATE = {
     "refine_steps": default(whole(1), 40),                        # of instance refinement, for the runs of use.refined
+    "refine_bending": default(number(0), 1.0),                    # there, times the bending weight of training
 }
 METHODS = {                                                       # a trained run may give any name of TRAIN, too
     "identity": {},

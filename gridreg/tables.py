@@ -47,7 +47,7 @@ class Setting:
     profile: str  # smoke, demo or paper
     budgets: dict[str, dict[str, tuple[int, int]]]  # dataset → run → (steps, batch)
     sizes: str  # of the methods that are smaller than published, in words; "" if none is
-    refine_steps: int = 0  # of instance refinement
+    refinement: str = ""  # what instance refinement did, in words
     syn: str = ""  # what ANTs SyN was given, in words
 
 
@@ -59,8 +59,8 @@ def setting(params: dict[str, Any], costs: pd.DataFrame) -> Setting:
     used = {name: params["runs"][name] for name in params["use"]["trained"]}
     syn = next((params["runs"][name] for name in params["use"]["untrained"] if params["runs"][name]["method"] == "syn"), None)
     words = syn_in_words(syn, params["use"]["datasets"]) if syn else ""
-    refined = params.get("evaluate", {}).get("refine_steps", 0)
-    return Setting(params["profile"], budgets, "; ".join(reductions(used)), refined, words)
+    refined = "{refine_steps} steps of the losses of training, the bending weight times {refine_bending:g}, without the labels"
+    return Setting(params["profile"], budgets, "; ".join(reductions(used)), refined.format(**params["evaluate"]), words)
 
 
 def syn_in_words(run: Mapping[str, Any], datasets: list[str]) -> str:
@@ -204,7 +204,7 @@ def _notes(
     if refined_name(REFERENCE) in set(cases["run"]):
         notes.append(
             f"{run_label(refined_name(REFERENCE))}: the control points of {run_label(REFERENCE)}, optimised for every test pair by "
-            f"{setting.refine_steps} steps of the losses of training, but for the labels; it costs that much more time."
+            f"{setting.refinement}; it costs that much more time."
         )
     notes.append(
         f"Mean ± SD over test pairs ({test_pairs_in_words(cases, indexes)}); bold: best mean among registration methods, equal "

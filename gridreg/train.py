@@ -1,7 +1,7 @@
 """One training function for every learned method (paper, sections 3.3 and 4.3): Adam, the best step chosen on validation.
 
-A training that was interrupted goes on where it stood and ends with the same weights: whatever a step draws, it draws
-from (seed, step) alone, and the state is kept in a scratch folder named by a hash of data, settings and code.
+A training that was interrupted goes on where it stood and ends with the same weights (on a GPU up to rounding: some of its
+sums have no fixed order). A step draws from (seed, step) alone; the state is in a folder named by a hash of data, settings, code.
 
     python -m gridreg.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
     python -m gridreg.train ablation layers-4       one of its ablations
@@ -157,9 +157,9 @@ def optimise(
     optimiser = torch.optim.Adam(network.parameters(), lr=settings["learning_rate"], betas=(0.9, settings["beta2"]))
     out.parent.mkdir(parents=True, exist_ok=True)
     state = State(network, optimiser, out.parent)
-    state.resume()
-    start, step_seconds = state.step, []
     wrapped, optimiser = fabric.setup(network, optimiser)
+    state.resume()  # only now: what it reads goes to where the weights are
+    start, step_seconds = state.step, []
     progress = tqdm(total=steps, initial=start, unit="step", mininterval=2, disable=not fabric.is_global_zero)
     progress.set_description(f"{data.index['name']} {run['method']}")
 

@@ -12,10 +12,10 @@ from gridreg.params import load
 def test_refinement_has_the_weights_of_the_training(tmp_path):
     path = fresh(tmp_path)
     edit(path, "    grids: [[8, 8, 8]]\n", "    grids: [[8, 8, 8]]\n    bending: {brain: 4, pelvis: 0.5}\n")
-    edit(path, "\nruns:", "\nevaluate: {refine_steps: 7}\nruns:")
+    edit(path, "\nruns:", "\nevaluate: {refine_steps: 7, refine_bending: 0.5}\nruns:")
     edit(path, "similarity: mse", "similarity: ncc")
     values = load(path)
     found = {name: refinement_arguments(values, name, "gridreg-8") for name in values["use"]["datasets"]}
-    assert found["prostate"] == {"steps": 7, "similarity": "ncc", "bending_weight": 2e5}
-    assert found["brain"] == {"steps": 7, "similarity": "mse", "bending_weight": pytest.approx(8e5)}
-    assert found["pelvis"]["bending_weight"] == pytest.approx(1e5)
+    assert found["prostate"] == {"steps": 7, "similarity": "ncc", "bending_weight": 1e5}
+    assert found["brain"] == {"steps": 7, "similarity": "mse", "bending_weight": pytest.approx(4e5)}
+    assert found["pelvis"]["bending_weight"] == pytest.approx(5e4)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # Messages and names: an edit here changes no number, and should recompute none. Nor does an edit of how a figure looks,
-# but where a stage writes figures it must draw them anew.
-NO_DEPENDENCY = {"__init__", "ablation", "errors", "params", "rules", "schema", "in_use"}
+# but where a stage writes figures it must draw them anew. How much memory is free decides what is read twice, no more.
+NO_DEPENDENCY = {"__init__", "ablation", "errors", "memory", "params", "rules", "schema", "in_use"}
 LOOKS = {"figures", "panels", "style"}
 
 
@@ -118,7 +118,7 @@ OPTIONAL = {
     "report": {"attention", "checkpoint", "fold_free", "grid", "interpolation", "keymorph", "methods", "network", "regions", "transmorph",
                "truth", "volumes", *SYN},
     "evaluate_untrained": {"keymorph", "transmorph", *SYN},
-    "preprocess": {"dataset", "results", "truth"},
+    "preprocess": {"dataset", "devices", "results", "truth"},
     "tables": {"dataset", "grid", "volumes", "truth", "learn2reg"},
     "figures": {"truth"},
     "benchmark": {"align", "checkpoint", "cost_report", "dataset", "devices", "fold_free", "learn2reg", "metrics",

@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 from gridreg.align import Reference, align
+from gridreg import dataset
 from gridreg.dataset import Preprocessed, load_index
 from gridreg.errors import InputError
 from gridreg.preprocess import Target, centred, fresh_processes, preprocess_dataset
@@ -37,7 +38,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], amplitude: fl
 
 @pytest.fixture
 def cohort(tmp_path: Path) -> Path:
-    """Six simulated LAS subjects with labels; the test ones with landmarks and truth: phi(p) = p + d(p)."""
+    """Six simulated LAS subjects with labels and truth, phi(p) = p + d(p); the test ones with landmarks."""
     rng, folder, shape = np.random.default_rng(3), tmp_path / "cohort", (32, 30, 28)
     lattice = LAS @ np.diag((4.0, 4.0, 4.0, 1.0))
     names = [f"brain_{n:04d}_0000" for n in range(6)]
@@ -46,9 +47,9 @@ def cohort(tmp_path: Path) -> Path:
         image = blob(shape, np.array((16, 15, 13)) + rng.uniform(-1, 1, 3), 6) * 700
         write_volume(folder / f"images{part}/{name}.nii.gz", image, LAS)
         write_volume(folder / f"labels{part}/{name}.nii.gz", (image > 300) + (image > 600).astype(np.int16), LAS)
+        d = smooth_field(rng, (9, 9, 9), 3.0, 1.5)  # mm
+        write_field_mm(folder / f"truth{part}/{name}.nii.gz", d, lattice)
         if part == "Ts":
-            d = smooth_field(rng, (9, 9, 9), 3.0, 1.5)  # mm
-            write_field_mm(folder / f"truthTs/{name}.nii.gz", d, lattice)
             rows = [f"l{i}," + ",".join(f"{v:.6f}" for v in landmark(d, lattice, LAS, goal))
                     for i, goal in enumerate(((12, 14, 13), (18, 16, 12)))]
             (folder / "landmarksTs").mkdir(exist_ok=True)
@@ -101,6 +102,15 @@ def test_whole_dataset(cohort, tmp_path):
             wrong()
 
 
+def test_what_has_no_place_in_memory_is_read_anew(cohort, tmp_path, monkeypatch):
+    preprocess_dataset(cohort, tmp_path / "out", **OPTIONS)
+    monkeypatch.setattr(dataset, "available_mb", lambda: 2.5 * 24**3 * 4 / 2**20)  # of which half is taken: one image, no labels
+    data = Preprocessed(tmp_path / "out")
+    one, two = data.subjects("train")
+    assert data.image(one) is data.image(one) and data.image(two) is not data.image(two)
+    np.testing.assert_array_equal(data.image(two), Preprocessed(tmp_path / "out").image(two))
+
+
 @pytest.mark.parametrize("spacing", [1.0, 1.3])
 def test_truth_and_landmarks_are_carried_along(cohort, tmp_path, spacing):
     preprocess_dataset(cohort, tmp_path / "out", **OPTIONS | {"spacing_mm": spacing, "shape": (25, 24, 23)})
@@ -112,6 +122,9 @@ def test_truth_and_landmarks_are_carried_along(cohort, tmp_path, spacing):
         at = np.array([map_coordinates(c, x[:, None], order=1)[0] for c in u])
         np.testing.assert_allclose(x + at, data.landmarks(moving)[name], atol=0.1)
         assert np.linalg.norm(at) > 0.2, "something to find"
+    assert data.truth(*data.pairs("val")[0]) is not None, "calibration is fitted on validation"
+    carried = {path.name.removesuffix(".nii.gz") for path in (tmp_path / "out" / "truth").iterdir()}
+    assert carried == {*data.subjects("val"), *data.subjects("test")} and data.truth(*data.subjects("train")[:2]) is None
     data.index["subjects"][fixed]["template"] = "another"
     assert data.truth(fixed, moving) is None, "phi of different templates do not compare"
 

@@ -72,7 +72,7 @@ def test_nothing_is_best_where_all_are_equal_and_no_parameters_are_no_merit():
 
 def test_a_refined_run_is_told_from_the_network_s_own_answer_and_tested_as_its_variant():
     means = {"voxelmorph": 0.8, "gridreg-adaptive": 0.85, "gridreg-adaptive-refined": 0.9}
-    table = table1(make_cases(means), COSTS, {}, {"prostate": {"simulated": True}}, replace(SETTING, refine_steps=40))
+    table = table1(make_cases(means), COSTS, {}, {"prostate": {"simulated": True}}, replace(SETTING, refinement="40 steps of this"))
     assert any(note.startswith("GridReg (refined): the control points of GridReg (adaptive)") and " 40 steps " in note for note in table.notes)
     assert cell(table, "dice", "gridreg-adaptive-refined")["best"] and cell(table, "dice", "gridreg-adaptive-refined")["sides"] == "two-sided"
     assert not any("refined" in note for note in default_table().notes)

@@ -114,8 +114,9 @@ test-browser: $(STAMP) ## Run the interactive notebooks in a real browser: a Chr
 	GRIDREG_BROWSER=required "$(BIN)/python" -m pytest tests/test_browser.py $(ARGS)
 
 cohort: PROFILE ?= paper
-cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper)
-	"$(BIN)/python" -m gridreg.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)" --workers "$(CORES)"
+cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper; PATIENTS=2: so many a split, to try it out)
+	"$(BIN)/python" -m gridreg.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)" --workers "$(CORES)" \
+		$(if $(PATIENTS),--patients "$(PATIENTS)")
 
 lock: ## Choose the second section of requirements.txt anew, after a change to the first
 	@set -euo pipefail; \

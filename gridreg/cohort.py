@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gridreg.diffeo import STEP_MM, Deformation
 from gridreg.errors import InputError, exit_status
 
-from gridreg.subjects import PROFILES, Case, Plan, cases, make, pairs
+from gridreg.subjects import PROFILES, Case, Plan, cases, few, make, pairs
 
 GENERATOR = "gridreg.cohort"
 SIMULATED = "SIMULATED, not a patient; made by gridreg.cohort"  # NIfTI descrip, at most 79 characters
@@ -164,13 +164,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder that receives prostate/, pelvis/ and brain/")
     parser.add_argument("--only", nargs="+", choices=list(DESCRIPTIONS), default=list(DESCRIPTIONS))
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--patients", type=int, help="at most so many in each split (default: all), to try a profile out")
     chosen = parser.parse_args(arguments)
 
     def write() -> None:
+        if chosen.patients is not None and chosen.patients < 2:
+            raise InputError(f"--patients is {chosen.patients}, expected at least 2: one is no pair")
         for dataset in chosen.only:
             _check_ours(chosen.out / dataset)  # all of them first: nothing is made if one must be refused
         for dataset in chosen.only:
-            write_cohort(PROFILES[chosen.profile][dataset], chosen.out, chosen.workers)
+            plan = PROFILES[chosen.profile][dataset]
+            plan = plan if chosen.patients is None else few(plan, chosen.patients)
+            write_cohort(plan, chosen.out, chosen.workers)
 
     return exit_status(write)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import find_objects
 from scipy.sparse.linalg import LinearOperator, lsmr
+from tqdm import tqdm
 
 from gridreg.dataset import Preprocessed
 from gridreg.grid import Shape, as_shape, check_grid_size
@@ -92,7 +93,7 @@ def oracle_table(
     Returns columns dataset, fixed, moving, grid ("5x5x5"), oracle_mm; a pair without a known truth has no row.
     """
     rows = []
-    for fixed, moving in data.pairs(split):
+    for fixed, moving in tqdm(data.pairs(split), f"oracle {dataset}", unit="pair", mininterval=2):
         known = data.truth(fixed, moving)
         if known is None:
             continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
 
@@ -87,6 +88,12 @@ PROFILES: dict[str, dict[str, Plan]] = {
                       template=1.0),
     },
 }
+
+
+def few(plan: Plan, patients: int) -> Plan:
+    """The plan with at most so many patients in each split, to try out its size."""
+    visits = {split: Counter([v for v, n in many.items() for _ in range(n)][:patients]) for split, many in plan.visits.items()}
+    return replace(plan, counts=tuple(min(count, patients) for count in plan.counts), visits=visits)
 
 
 def cases(plan: Plan) -> list[Case]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch import nn
+from tqdm import tqdm
 
 from gridreg import calibration
 from gridreg.dataset import Preprocessed
@@ -16,6 +17,7 @@ from gridreg.evaluate import register
 from gridreg.grid import Shape
 from gridreg.interpolation import upsample, upsample_sigma
 
+VOXELS = 20_000  # of a pair, at most: all those of hundreds of pairs in the paper's size would be 100 GB, and say no more
 COLUMNS = ["dataset", "run", "simulated", "grid", "propagation", "scaling", "factor", "fitted_on", "pairs"]
 
 # From the control points to the voxels between them. The head predicts no correlations, so either is an assumption, and
@@ -37,15 +39,18 @@ class Uncertain(NamedTuple):
     region: np.ndarray  # (W, H, D) bool: the fixed mask (everything without one), as far as the truth is known
 
     def within(self, propagation: str) -> tuple[np.ndarray, np.ndarray]:
-        """(error, sigma), (3, N) each, in the region."""
-        return self.error_mm[:, self.region], self.sigma_mm[propagation][:, self.region]
+        """(error, sigma), (3, N) each, in the region: at all of its voxels, or at ``VOXELS`` evenly chosen ones."""
+        voxels = np.flatnonzero(self.region)
+        if voxels.size > VOXELS:
+            voxels = voxels[np.linspace(0, voxels.size - 1, VOXELS).astype(int)]
+        return tuple(values.reshape(3, -1)[:, voxels] for values in (self.error_mm, self.sigma_mm[propagation]))
 
 
-def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: str) -> list[Uncertain]:
-    """Every pair of a split, registered at ``grid``."""
+def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: str) -> Iterator[Uncertain]:
+    """Every pair of a split, registered at ``grid``, one after the other: whole volumes, so keep few of them."""
     where = device()
-    network, found = network.to(where).eval(), []
-    for fixed, moving in data.pairs(split):
+    network = network.to(where).eval()
+    for fixed, moving in tqdm(data.pairs(split), f"uncertainty {split}", unit="pair", mininterval=2, leave=False):
         registration = register(network, data.image(fixed), data.image(moving), grid, where)[0]
         sigma = {
             name: propagate(registration.sigma, data.shape, network.upsampling)[0].cpu().numpy() * data.spacing
@@ -57,31 +62,31 @@ def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: 
         if truth is not None:
             found_mm = (registration.displacement[0].cpu().numpy() - truth[0]) * data.spacing
             error = np.where(truth[1], found_mm, np.nan)
-        found.append(Uncertain(fixed, moving, sigma, error, region & np.isfinite(error).all(0)))
-    return found
+        yield Uncertain(fixed, moving, sigma, error, region & np.isfinite(error).all(0))
 
 
-def joined(pairs: Sequence[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def joined(pairs: Iterable[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Propagation → (error, sigma), (3, N) each, of the voxels of all pairs whose truth is known; empty without any."""
-    known = [pair for pair in pairs if pair.region.any()]
+    known = [{name: pair.within(name) for name in PROPAGATIONS} for pair in pairs if pair.region.any()]
     return {
-        name: tuple(np.concatenate(side, axis=1) for side in zip(*(pair.within(name) for pair in known)))
+        name: tuple(np.concatenate(side, axis=1) for side in zip(*(pair[name] for pair in known)))
         for name in (PROPAGATIONS if known else ())
     }
 
 
 def calibration_rows(
-    dataset: str, run: str, grid: str, simulated: bool, test: Sequence[Uncertain], validation: Sequence[Uncertain]
+    dataset: str, run: str, grid: str, simulated: bool, measured: dict, fitted: dict, pairs: tuple[int, int]
 ) -> pd.DataFrame:
     """``calibration.report`` on the test pairs, as predicted and after one factor fitted on the validation pairs.
 
+    measured, fitted  ``joined`` test and validation pairs; pairs: how many these are
+
     Two rows for either propagation. No row where the truth of either is not known.
     """
-    measured, fitted = joined(test), joined(validation)
     rows = []
     for name in measured if fitted else ():
         (error, sigma), factor = measured[name], calibration.scale(*fitted[name])
         for words, times in (("as predicted", 1.0), ("rescaled", factor)):
-            values = (dataset, run, simulated, grid, name, words, times, f"{len(validation)} validation pairs", len(test))
+            values = (dataset, run, simulated, grid, name, words, times, f"{pairs[1]} validation pairs", pairs[0])
             rows.append(dict(zip(COLUMNS, values)) | calibration.report(error, times * sigma))
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=COLUMNS)

@@ -15,7 +15,7 @@ from scipy.ndimage import map_coordinates
 from gridreg import cohort, diffeo, scanner
 from gridreg.errors import InputError
 from gridreg.learn2reg import read_cohort
-from gridreg.subjects import PROFILES, cases, make, pairs
+from gridreg.subjects import PROFILES, cases, few, make, pairs
 from gridreg.volumes import read_field_mm, read_points
 
 EMBEDDED = Path(__file__).parents[1] / "data"
@@ -247,6 +247,17 @@ def test_paper_counts():
     assert [len(pairs(pelvis, cases(pelvis), s)) for s in ("val", "test")] == [58, 59]
 
 
+@pytest.mark.parametrize("dataset", PROFILES["paper"])
+@pytest.mark.parametrize("patients", [2, 3, 1000])
+def test_few_patients_make_pairs_in_every_split(dataset, patients):
+    plan = few(PROFILES["paper"][dataset], patients)
+    todo = cases(plan)
+    counted = [len({c.patient for c in todo if c.split == split}) for split in ("train", "val", "test")]
+    assert counted == [min(count, patients) for count in PROFILES["paper"][dataset].counts]
+    assert all(pairs(plan, todo, split) for split in ("val", "test"))
+    assert replace(plan, counts=(), visits={}) == replace(PROFILES["paper"][dataset], counts=(), visits={})
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +269,11 @@ def test_foreign_folder_is_refused(tmp_path, capsys):
     assert cohort.main(["--out", str(tmp_path), "--only", "brain"]) == 1
     assert "precious" not in capsys.readouterr().out and (tmp_path / "brain" / "precious.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["brain"]
+
+
+def test_one_patient_is_no_pair(tmp_path, capsys):
+    assert cohort.main(["--out", str(tmp_path), "--patients", "1"]) == 1 and not any(tmp_path.iterdir())
+    assert "--patients is 1, expected at least 2" in capsys.readouterr().err
 
 
 def test_earlier_cohort_is_replaced(tmp_path):

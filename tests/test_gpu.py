@@ -106,7 +106,7 @@ def test_a_training_on_a_gpu_resumes_and_is_that_on_the_cpu(folder, tmp_path, gp
 
 def test_what_is_made_of_sigma_comes_back_from_a_gpu(folder, gpu):  # noqa: F811
     data, network = Preprocessed(folder), GridReg(base_channels=8, num_layers=4, bayesian=True)
-    pair = uncertainty.uncertain_pairs(data, network, (4, 5, 3), "test")[0]
+    pair = next(uncertainty.uncertain_pairs(data, network, (4, 5, 3), "test"))
     assert all(np.isfinite(sigma).all() for sigma in pair.sigma_mm.values())
     images = [data.image(name) for name in (pair.fixed, pair.moving)]
     case = Case("blobs", *images, data.affine, (Path(), Path()), (np.eye(4), np.eye(4)))

@@ -34,24 +34,35 @@ def pairs(seed: int, factor: float, known: bool = True) -> list[Uncertain]:
 
 
 def test_the_factor_is_fitted_on_validation_and_applied_to_test():
-    rows = calibration_rows("prostate", "gridreg-bayesian", "10x10x10", True, pairs(0, 2.0), pairs(1, 2.0))
+    rows = calibration_rows("prostate", "gridreg-bayesian", "10x10x10", True, joined(pairs(0, 2.0)), joined(pairs(1, 2.0)), (3, 5))
     before, after = rows.iloc[0], rows.iloc[1]
     assert list(rows["propagation"]) == [INDEPENDENT] * 2 + [CORRELATED] * 2
     assert list(rows["scaling"]) == ["as predicted", "rescaled"] * 2 and list(rows.columns[: len(COLUMNS)]) == COLUMNS
     assert after["factor"] == pytest.approx(2, rel=0.05) and before["factor"] == 1
+    assert set(rows["pairs"]) == {3} and set(rows["fitted_on"]) == {"5 validation pairs"}
     assert after["coverage_90"] == pytest.approx(0.9, abs=0.02) and before["coverage_90"] < 0.65
     assert after["ause"] == pytest.approx(before["ause"])  # a factor changes no ranking
     correlated = rows.iloc[2:]
     assert list(correlated["factor"]) == pytest.approx([1, 1], rel=0.05)
     assert list(correlated["coverage_90"]) == pytest.approx([0.9, 0.9], abs=0.02)
-    other = calibration_rows("prostate", "run", "", True, pairs(0, 2.0), pairs(1, 4.0))
+    other = calibration_rows("prostate", "run", "", True, joined(pairs(0, 2.0)), joined(pairs(1, 4.0)), (1, 1))
     assert other.iloc[1]["factor"] == pytest.approx(4, rel=0.05)
+
+
+def test_of_a_large_region_some_voxels_stand_for_all(monkeypatch):
+    whole = joined(pairs(0, 2.0))[INDEPENDENT]
+    monkeypatch.setattr(uncertainty, "VOXELS", 200)
+    error, sigma = joined(pairs(0, 2.0))[INDEPENDENT]
+    assert error.shape == sigma.shape == (3, 200) and whole[0].shape == (3, 720)
+    columns = [np.flatnonzero((whole[0] == each[:, None]).all(0)) for each in error.T]
+    assert all(len(found) == 1 for found in columns) and np.ptp(np.diff(np.concatenate(columns))) <= 1, "evenly chosen"
+    assert np.array_equal(sigma, whole[1][:, np.concatenate(columns)])
 
 
 def test_without_a_truth_there_is_no_row():
     assert joined(pairs(0, 1, known=False)) == {}
-    assert calibration_rows("a", "b", "c", False, pairs(0, 1), pairs(0, 1, known=False)).empty
-    assert calibration_rows("a", "b", "c", False, pairs(0, 1, known=False), pairs(0, 1)).empty
+    assert calibration_rows("a", "b", "c", False, joined(pairs(0, 1)), {}, (1, 1)).empty
+    assert calibration_rows("a", "b", "c", False, {}, joined(pairs(0, 1)), (1, 1)).empty
 
 
 def test_errors_and_sigmas_are_in_mm_and_within_the_mask(monkeypatch):

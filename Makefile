@@ -2,7 +2,7 @@
 #
 # PYTHON=…   the interpreter to build the environment with (default: python3.11, else a python3 that is new enough)
 # VENV=…     where the environment is (default: .venv)
-# JOBS=…     trainings side by side (default: 2; use 1 on a single GPU)
+# JOBS=…     trainings side by side (default: 2; on GPUs as many as there are, or fit)
 
 VENV ?= .venv
 ifndef PYTHON
@@ -51,8 +51,11 @@ DATA = { test -d data && test -d checkpoints; } || "$(BIN)/dvc" pull --quiet dat
 # JOBS stages run side by side, the cores shared between them: small networks gain more from that than from many threads
 # each, and costs are the benchmark's, not measured here. Groups follow each other as they need each other. One DVC runs
 # up to EACH stages of a group, as it takes seconds to start. `dvc repro` then does what is left.
+# Where there are several GPUs, each job slot has its own.
 JOBS ?= 2
 EACH ?= 3
+GPUS ?= $(if $(CUDA_VISIBLE_DEVICES),1,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l))
+ON_ITS_GPU = $(if $(filter-out 0 1,$(GPUS)),--process-slot-var=SLOT bash -c 'CUDA_VISIBLE_DEVICES=$$((SLOT % $(GPUS))) exec "$$@"' -)
 BESIDE ?= preprocess@ train@,ablate@,evaluate_untrained@,false_correspondence evaluate@,evaluate_refined@ tables,figures,approximation,uncertainty
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 define SIDE_BY_SIDE
@@ -60,7 +63,7 @@ for stage in $(BESIDE); do stages=$$("$(BIN)/dvc" status --json \
 	| "$(BIN)/python" -c 'import json, sys; print(*(n for n in json.load(sys.stdin) if n.startswith(tuple(sys.argv[1].split(",")))))' $$stage) \
 	|| exit; share=$$(( ($$(wc -w <<< "$$stages") + $(JOBS) - 1) / $(JOBS) )); \
 	OMP_NUM_THREADS=$$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )) \
-	xargs -r -n $$(( share > 0 && share < $(EACH) ? share : $(EACH) )) -P $(JOBS) \
+	xargs -r -n $$(( share > 0 && share < $(EACH) ? share : $(EACH) )) -P $(JOBS) $(ON_ITS_GPU) \
 	"$(BIN)/dvc" --wait-for-lock repro --single-item <<< "$$stages" || exit; done
 endef
 
@@ -115,7 +118,7 @@ test-browser: $(STAMP) ## Run the interactive notebooks in a real browser: a Chr
 
 cohort: PROFILE ?= paper
 cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper; PATIENTS=2: so many a split, to try it out)
-	"$(BIN)/python" -m gridreg.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)" --workers "$(CORES)" \
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m gridreg.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)" --workers "$(CORES)" \
 		$(if $(PATIENTS),--patients "$(PATIENTS)")
 
 lock: ## Choose the second section of requirements.txt anew, after a change to the first

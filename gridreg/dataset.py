@@ -11,12 +11,12 @@ import nibabel
 import numpy as np
 
 from gridreg.errors import InputError
-from gridreg.memory import MB, available_mb
+from gridreg.memory import available_mb
 from gridreg.truth import pair_truth
 from gridreg.volumes import read_points
 
 
-KEPT = 0.5  # share of the memory that is free at the start: a second training beside this one takes half of the rest
+SPARED = 0.5  # share of the memory that is free at the start, which is left to others: all that keep images look at the same
 
 
 def load_index(folder: Path | str) -> dict:
@@ -30,7 +30,8 @@ def load_index(folder: Path | str) -> dict:
 class Preprocessed:
     """Access to one preprocessed folder. Images, labels and landmarks are read once and kept in memory.
 
-    What has no place in half of the free memory (3384 brains of 160×192×160 take 69 GB) is read anew each time.
+    As long as half of the memory that was free at the start is left; what comes then is read anew each time (3384 brains
+    of 160×192×160 take 67 GB).
     The arrays handed out are the kept ones: copy before writing into them.
     """
 
@@ -40,7 +41,7 @@ class Preprocessed:
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
         self.spacing = float(self.index["spacing_mm"])  # mm, isotropic
         self._kept: dict[tuple[str, str], Any] = {}
-        self._room = KEPT * available_mb() * MB
+        self._spared = SPARED * available_mb()
 
     @property
     def affine(self) -> np.ndarray:
@@ -87,9 +88,7 @@ class Preprocessed:
         if (kind, subject) in self._kept:
             return self._kept[kind, subject]
         value = read()
-        size = getattr(value, "nbytes", 0)
-        if size <= self._room:
-            self._room -= size
+        if available_mb() > self._spared:
             self._kept[kind, subject] = value
         return value
 

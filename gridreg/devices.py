@@ -1,6 +1,7 @@
 """Where the work is done: devices, precision and memory, all from the environment, never from params.yaml.
 
-GRIDREG_ACCELERATOR (cpu, cuda), GRIDREG_DEVICES and GRIDREG_NODES (numbers), GRIDREG_PRECISION (32-true, bf16-mixed, …).
+GRIDREG_ACCELERATOR (cpu, cuda), GRIDREG_DEVICES and GRIDREG_NODES (numbers), GRIDREG_PRECISION (32-true, bf16-mixed, …);
+GRIDREG_WORKERS, processes that preprocess.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 
 import numpy as np
 import torch
@@ -47,12 +49,19 @@ def keep_memory() -> None:
 
 
 def launch():
-    """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision."""
+    """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision.
+
+    InputError in a notebook that is to use several devices: it has no processes for them.
+    """
     from lightning_fabric import Fabric  # here, not above: it takes as long to import as PyTorch itself
 
+    several = number_of("GRIDREG_DEVICES")
+    if several > 1 and hasattr(sys, "ps1"):
+        raise InputError(f"GRIDREG_DEVICES is {several} in a notebook, expected 1 there; train with torchrun --nproc-per-node "
+                         f"{several} -m gridreg.train …, and `make repro` takes the result over")
     fabric = Fabric(
         accelerator=device().type,
-        devices=number_of("GRIDREG_DEVICES"),
+        devices=several,
         num_nodes=number_of("GRIDREG_NODES"),
         precision=os.environ.get("GRIDREG_PRECISION", "32-true"),
     )

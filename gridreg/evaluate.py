@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -198,7 +197,7 @@ def summary(cases: pd.DataFrame, training: dict[str, Any], parameters: int) -> d
         "cases": len(chosen),
         "parameters": parameters,
         "device": describe_device(device()),
-        "precision": os.environ.get("GRIDREG_PRECISION", "32-true"),
+        "precision": "32-true",  # whatever the training had
         "steps": training.get("steps"),
         "batch": training.get("batch"),
     }

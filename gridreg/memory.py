@@ -17,7 +17,11 @@ from pathlib import Path
 import psutil
 
 MB = 2**20
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+LIMITS = [  # files of a control group of either version: limit, use, and what of the use is cached files, in memory.stat
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+]
 
 
 class Growth:
@@ -91,13 +95,25 @@ def growth(sampled: bool = False) -> Iterator[Growth]:
     grown.mb = (peak - before) / MB
 
 
+def control_groups() -> Iterator[Path]:
+    """Folders of the control groups that this process is in, each with all those around it: any may have a limit."""
+    yield CGROUP
+    for line in OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            folder = CGROUP / controllers / path.lstrip("/")
+            yield from (group for group in (folder, *folder.parents) if group.is_relative_to(CGROUP / controllers))
+
+
 def available_mb() -> float:
-    """Memory that can still be had: the machine's, or less where a container has a limit of its own."""
+    """Memory that can still be had: the machine's, or less where a container or the job of a cluster has a limit of its own."""
     free = psutil.virtual_memory().available
-    try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))  # cached files make room when asked to
-    except (OSError, ValueError, KeyError):  # no such files, or "max": no limit
-        pass
+    for group in control_groups():
+        for limit, use, cached in LIMITS:
+            try:
+                left = int((group / limit).read_text()) - int((group / use).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                free = min(free, left + int(stat[cached]))  # cached files make room when asked to
+            except (OSError, ValueError, KeyError):  # no such files, or "max": no limit
+                pass
     return free / MB

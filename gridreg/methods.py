@@ -24,6 +24,18 @@ class Identity(nn.Module):
         return Registration(torch.zeros_like(fixed).repeat(1, 3, 1, 1, 1))
 
 
+class InFull(nn.Module):
+    """A layer in single precision, whatever autocast says: a displacement needs all its digits."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.float())
+
+
 class VoxelMorph(nn.Module):
     """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
 
@@ -43,6 +55,7 @@ class VoxelMorph(nn.Module):
         self.network = VxmPairwise(
             ndim=3, source_channels=1, target_channels=1, nb_features=[width] * levels, integration_steps=integration_steps
         )
+        self.network.flow_layer = InFull(self.network.flow_layer)
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
         shape = fixed.shape[2:]

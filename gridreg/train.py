@@ -1,7 +1,7 @@
 """One training function for every learned method (paper, sections 3.3 and 4.3): Adam, the best step chosen on validation.
 
-A training that was interrupted goes on where it stood and ends with the same weights (on a GPU up to rounding: some of its
-sums have no fixed order). A step draws from (seed, step) alone; the state is in a folder named by a hash of data, settings, code.
+A training that was interrupted goes on where it stood and ends with the same weights (on a GPU not bit for bit: its sums
+have no fixed order). A step draws from (seed, step) alone; the state is in a folder named by a hash of data, settings, code.
 
     python -m gridreg.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
     python -m gridreg.train ablation layers-4       one of its ablations
@@ -65,14 +65,15 @@ def draw(pairs: list, grids: list, batch: int, seed: int, step: int, rank: int) 
 def validate(network: nn.Module, data: Preprocessed, grids: list, device) -> dict[str, float]:
     """Mean validation score of each grid size, higher is better: Dice, or minus the MSE where not all have labels."""
     scores: dict[str, list[float]] = {grid_name(grid): [] for grid in grids}
-    labelled = all(data.labels(subject) is not None for pair in data.pairs("val") for subject in pair)
+    labelled = all(data.index["subjects"][subject]["label"] for pair in data.pairs("val") for subject in pair)
     network.eval()
     for fixed, moving in data.pairs("val"):
         images = [to_tensor([data.image(subject)], device) for subject in (fixed, moving)]
+        labels = to_tensor([data.labels(moving)], device) if labelled else None
         for grid in grids:
             displacement = network(*images, grid).displacement
             if labelled:
-                warped = warp(to_tensor([data.labels(moving)], device), displacement, "nearest")[0, 0]
+                warped = warp(labels, displacement, "nearest")[0, 0]
                 score = metrics.dice(data.labels(fixed), warped.cpu().numpy().astype(np.int16))
             else:
                 score = -float(losses.mse(images[0], warp(images[1], displacement)))
@@ -90,11 +91,9 @@ def choose_grid(network: nn.Module, data: Preprocessed, grids: list, device) -> 
     return max(grids, key=lambda grid: scores[grid_name(grid)]), scores
 
 
-def total_steps(settings: dict[str, Any], pairs: int, subjects: int) -> int:
+def total_steps(settings: dict[str, Any], pairs: int, subjects: int, devices: int = 1) -> int:
     """``steps``, or those of ``epochs``: an epoch has as many pairs as there are subjects, or all pairs if they are fewer."""
-    if settings["steps"]:
-        return settings["steps"]
-    return settings["epochs"] * math.ceil(min(pairs, subjects) / settings["batch"])
+    return settings["steps"] or settings["epochs"] * math.ceil(min(pairs, subjects) / (settings["batch"] * devices))
 
 
 class State:
@@ -153,7 +152,7 @@ def optimise(
     keep_memory()
     torch.manual_seed(seed)
     network, grids, pairs = build(run), grid_sizes(run), data.pairs("train")
-    steps = total_steps(settings, len(pairs), len(data.subjects("train")))
+    steps = total_steps(settings, len(pairs), len(data.subjects("train")), fabric.world_size)
     optimiser = torch.optim.Adam(network.parameters(), lr=settings["learning_rate"], betas=(0.9, settings["beta2"]))
     out.parent.mkdir(parents=True, exist_ok=True)
     state = State(network, optimiser, out.parent)

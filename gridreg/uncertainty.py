@@ -66,7 +66,7 @@ def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: 
 
 
 def joined(pairs: Iterable[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Propagation → (error, sigma), (3, N) each, of the voxels of all pairs whose truth is known; empty without any."""
+    """Propagation → (error, sigma), (3, N) each, of all pairs whose truth is known (``within``); empty without any."""
     known = [{name: pair.within(name) for name in PROPAGATIONS} for pair in pairs if pair.region.any()]
     return {
         name: tuple(np.concatenate(side, axis=1) for side in zip(*(pair[name] for pair in known)))

@@ -53,3 +53,19 @@ def test_a_container_may_have_less(tmp_path, monkeypatch):
     assert memory.available_mb() == 3
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_mb() > 3
+
+
+@pytest.mark.parametrize(("line", "folder", "names", "cached"), [
+    ("0::/slurm/job_7/step_0", "slurm/job_7", ("memory.max", "memory.current"), "inactive_file"),
+    ("4:memory:/slurm/job_7/step_0", "memory/slurm/job_7", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+])  # fmt: skip
+def test_a_job_of_a_cluster_may_have_less(tmp_path, monkeypatch, line, folder, names, cached):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "own").write_text(f"5:devices:/elsewhere\n{line}\n")
+    assert memory.available_mb() > 5
+    (tmp_path / folder).mkdir(parents=True)
+    for name, mb in zip(names, (9, 6)):
+        (tmp_path / folder / name).write_text(f"{mb * memory.MB}\n")
+    (tmp_path / folder / "memory.stat").write_text(f"{cached} {2 * memory.MB}\n")
+    assert memory.available_mb() == 5

@@ -78,7 +78,7 @@ def test_only_trained_parameters_count():
 def lively_voxelmorph() -> VoxelMorph:
     """With a flow layer that moves voxels by several voxels, as a trained one does; it starts at 1e-5."""
     model = VoxelMorph(width=4)
-    torch.nn.init.normal_(model.network.flow_layer.conv0.weight, std=3)
+    torch.nn.init.normal_(model.network.flow_layer.layer.conv0.weight, std=3)
     return model.eval()
 
 
@@ -131,3 +131,18 @@ def compare_inside(theirs: torch.Tensor, ours: torch.Tensor, displacement: torch
     inside = torch.stack([(at[a] >= 0) & (at[a] <= shape[a] - 1) for a in range(3)]).all(0)
     assert inside.float().mean() > 0.3
     torch.testing.assert_close(theirs[0, 0][inside], ours[0, 0][inside], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", [
+    {"method": "gridreg", "grids": [[4, 4, 4]]},
+    {"method": "voxelmorph", "width": 4, "levels": 2, "integration_steps": 0},
+    {"method": "voxelmorph", "width": 4, "levels": 2, "integration_steps": 2},
+    {"method": "transmorph", "embed": 12},
+    {"method": "keymorph", "keypoints": 8, "width": 4, "layers": 4, "poolings": 1},
+], ids=str)  # fmt: skip
+def test_a_displacement_has_all_its_digits_in_mixed_precision(run):
+    torch.manual_seed(0)
+    network, images = build(run).eval(), torch.rand(2, 1, 1, 32, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = network(*images, (4, 4, 4)).displacement
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())

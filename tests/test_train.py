@@ -201,6 +201,16 @@ def test_epochs_count_passes_over_the_pairs_or_over_the_subjects():
     settings = SETTINGS | {"steps": None, "epochs": 300, "batch": 4}
     assert training.total_steps(settings, pairs=156, subjects=162) == 300 * 39
     assert training.total_steps(settings, pairs=3000 * 2999, subjects=3000) == 300 * 750
+    assert training.total_steps(settings, pairs=3000 * 2999, subjects=3000, devices=4) == 300 * 188
+    assert training.total_steps(SETTINGS, pairs=3, subjects=2, devices=4) == SETTINGS["steps"]
+
+
+def test_a_notebook_cannot_train_on_several_devices(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRIDREG_DEVICES", "2")
+    monkeypatch.setattr(sys, "ps1", "In", raising=False)
+    with pytest.raises(InputError, match="GRIDREG_DEVICES is 2 in a notebook, expected 1 there; train with torchrun"):
+        run_training(folder, tmp_path / "out", tmp_path / "scratch")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gridreg.grid import Shape
+from gridreg.spatial import Shape
 
 CHANNELS = 32  # C_p = C_pe = C_d: tokens, positional encodings and decoder features
 HEADS, HEAD_CHANNELS = 2, 32
@@ -107,7 +107,9 @@ class Neighbourhoods(torch.autograd.Function):
     def forward(ctx, tokens: Tensor, px: int, py: int) -> Tensor:
         ctx.shape, ctx.counts = tokens.shape, (px, py)
         seen = tokens.unfold(1, 2 * px, px).unfold(2, 2 * py, py)  # (B, a, b, c, n, C, 2px, 2py), no copy yet
-        return seen.permute(0, 1, 2, 3, 6, 7, 4, 5).reshape(len(tokens), -1, 4 * px * py * tokens.shape[4], tokens.shape[5])
+        return seen.permute(0, 1, 2, 3, 6, 7, 4, 5).reshape(
+            len(tokens), -1, 4 * px * py * tokens.shape[4], tokens.shape[5]
+        )
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -115,7 +117,9 @@ class Neighbourhoods(torch.autograd.Function):
         a, b = w // px - 1, h // py - 1
         total = gradient.new_zeros(ctx.shape)
         cells = total.view(batch, a + 1, px, b + 1, py, *groups)
-        parts = gradient.reshape(batch, a, b, groups[0], 2, px, 2, py, *groups[1:]).permute(0, 1, 4, 5, 2, 6, 7, 3, 8, 9)
+        parts = gradient.reshape(batch, a, b, groups[0], 2, px, 2, py, *groups[1:]).permute(
+            0, 1, 4, 5, 2, 6, 7, 3, 8, 9
+        )
         for i in range(2):
             for j in range(2):
                 cells[:, i : i + a, :, j : j + b] += parts[:, :, i, :, :, j]

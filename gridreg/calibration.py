@@ -78,7 +78,9 @@ def spread_bins(error: np.ndarray, sigma: np.ndarray, bins: int = BINS) -> tuple
     return tuple(np.array([np.sqrt(np.square(v.flat[p]).mean()) for p in parts]) for v in (sigma, error))
 
 
-def sparsification(error: np.ndarray, sigma: np.ndarray, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sparsification(
+    error: np.ndarray, sigma: np.ndarray, steps: int = STEPS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(fraction left out, error left by sigma, error left by the oracle), each (steps,), fractions in [0, 1).
 
     The error of a voxel is the length |error|, its uncertainty the root of the summed variances of its three axes. The

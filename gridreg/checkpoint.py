@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gridreg.errors import InputError
-from gridreg.methods import build
+from gridreg.network import GridReg
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -53,7 +54,19 @@ def save_model(folder: Path | str, network: nn.Module, config: dict[str, Any]) -
     write_text(folder / "model.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_model(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+NETWORK = ("base_channels", "num_layers", "bayesian", "upsampling", "projector", "fold_free")  # arguments of GridReg
+
+
+def build(run: dict[str, Any]) -> GridReg:
+    """The network that a run's settings describe; what belongs to its training is passed over. InputError on another method."""
+    if run["method"] != "gridreg":
+        raise InputError(f"method is {run['method']!r}; expected gridreg")
+    return GridReg(**{name: run[name] for name in NETWORK if name in run})
+
+
+def load_model(
+    folder: Path | str, build: Callable[[dict[str, Any]], nn.Module] = build
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a folder of ``save_model``, in evaluation mode, and its configuration.
 
     InputError where a file is missing or unreadable, or the weights are not those of the configuration.

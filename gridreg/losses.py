@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gridreg.grid import Shape, as_shape, check_volume, voxel_coordinates, warp
-from gridreg.interpolation import apply_along_axes, basis
+from gridreg.spatial import Shape, as_shape, check_volume, voxel_coordinates, warp
+from gridreg.upsampling import apply_along_axes, basis
 
 NOISE = 0.02  # of images in [0, 1]: a residual below it says nothing about the displacement
 WIDEST = 0.1  # standard deviation, in image widths, of a displacement about which the image says nothing

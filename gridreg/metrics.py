@@ -6,10 +6,17 @@ fixed grid; spacing_mm is the isotropic voxel size of preprocessed images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
+import torch
 from scipy import ndimage
+
+from gridreg.scans.pair import Pair
+from gridreg.spatial import warp
+
+THICKNESS_MM = 5.0  # of the boundary shell: one to two voxels of the demo cohorts
 
 
 def label_values(*label_maps: np.ndarray) -> list[int]:
@@ -107,3 +114,68 @@ def nondiffeomorphic_percent(displacement: np.ndarray, where: np.ndarray) -> flo
             negative += np.maximum(-volume * orientation, 0) / 2
     inside = where[:-1, :-1, :-1]
     return float(100 * negative[inside].sum() / max(inside.sum(), 1)) if inside.any() else float("nan")
+
+
+def warp_labels(labels: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """Label map (W, H, D) of the moving image on the fixed grid, nearest neighbour."""
+    field = torch.from_numpy(np.ascontiguousarray(displacement))[None]
+    return warp(torch.from_numpy(labels)[None, None].float(), field, "nearest")[0, 0].numpy().astype(np.int16)
+
+
+def region_masks(
+    labels: np.ndarray, spacing_mm: float, thickness_mm: float = THICKNESS_MM, values: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """{"interior": mask, "boundary": mask} of an organ, each (W, H, D) bool; together they are the organ.
+
+    labels        (W, H, D) integers
+    spacing_mm    isotropic voxel size
+    thickness_mm  of the shell: a voxel whose centre lies at most so deep below the surface is boundary, a deeper one
+                  interior. The surface runs half a voxel outside the outermost voxel centres.
+    values        labels that make up the organ; None: every label but the background, together
+
+    What the field of view cuts off is no surface. Either mask may be empty: with few voxels, all is boundary. ValueError
+    on a thickness that is not positive.
+    """
+    if not thickness_mm > 0:
+        raise ValueError(f"thickness_mm must be above 0, found {thickness_mm}")
+    organ = labels > 0 if values is None else np.isin(labels, values)
+    # distance to the nearest voxel outside; without one, everything is infinitely deep
+    to_outside = ndimage.distance_transform_edt(organ) * spacing_mm if not organ.all() else np.full(organ.shape, np.inf)
+    deep = to_outside - spacing_mm / 2 > thickness_mm
+    return {"interior": organ & deep, "boundary": organ & ~deep}
+
+
+def measure_pair(pair: Pair, displacement: np.ndarray) -> dict[str, float]:
+    """Every metric of one registered pair, by name; NaN where the pair does not know what a metric needs.
+
+    displacement  (3, W, H, D) in voxels
+
+    Measured within ``pair.region``. Where one organ is labelled, its interior and its boundary are measured too
+    (``region_masks``).
+    """
+    spacing, region = pair.spacing_mm, pair.region
+    row = dict.fromkeys(
+        ("dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm"), float("nan")
+    )
+    row |= {"labels_lost": 0, "landmarks_missing": 0}  # failures are counted, not dropped from a mean in silence
+    fixed_labels, moving_labels = pair.labels
+    if fixed_labels is not None and moving_labels is not None:
+        warped = warp_labels(moving_labels, displacement)
+        row["dice"] = dice(fixed_labels, warped)
+        row["mask_mm"] = centroid_distance_mm(fixed_labels, warped, spacing)
+        row["labels_lost"] = len(set(label_values(fixed_labels)) - set(label_values(warped)))
+    points, partners = pair.common_landmarks()
+    row["landmarks_missing"] = len(pair.landmarks[0] or {}) - len(points)
+    if len(points):
+        row["landmark_mm"] = landmark_distance_mm(points, partners, displacement, spacing)
+    if pair.truth is not None:
+        truth, known = pair.truth
+        row["tre_mm"] = tre_mm(displacement, truth, region & known, spacing)
+        if fixed_labels is not None and len(pair.label_names) == 1:
+            for part, where in region_masks(fixed_labels, spacing).items():
+                row[f"tre_{part}_mm"] = tre_mm(displacement, truth, where & known, spacing)
+    determinant = jacobian_determinant(displacement)
+    row["logdet_mean"], row["logdet_std"] = log_jacobian(determinant, region)
+    row["folding_percent"] = folding_percent(determinant, np.ones_like(region))
+    row["nondiffeomorphic_percent"] = nondiffeomorphic_percent(displacement, np.ones_like(region))
+    return row

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridreg.attention import CHANNELS, CrossAttention, grid_encoding, readers, windows
-from gridreg.fold_free import bounded
-from gridreg.grid import Shape, check_grid_size, check_volume
-from gridreg.interpolation import METHODS, apply_channels_last, basis, upsample
+from gridreg.spatial import Shape, check_grid_size, check_volume
+from gridreg.upsampling import METHODS, apply_channels_last, basis, bounded, upsample
 
 WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # encoder widths in base channels; they give the paper's parameter count
 STRIDED_LAYERS = 4  # later layers keep the resolution
@@ -84,7 +83,9 @@ class DecoderLevel(nn.Module):
         """features (B, C_l, w, h, d); carried (B, G', CHANNELS) on its own grid; returns (B, G, CHANNELS)."""
         shape, where = tuple(features.shape[2:]), (features.device, self.norm.weight.dtype)
         queries = grid_encoding(grid_size, *where)
-        tokens = self.project(features.flatten(2).transpose(1, 2)) + grid_encoding(shape, *where)  # P, with its positions
+        tokens = self.project(features.flatten(2).transpose(1, 2)) + grid_encoding(
+            shape, *where
+        )  # P, with its positions
         if self.coarsest:
             y = self.attention(queries, tokens[:, None])
         else:
@@ -133,7 +134,9 @@ class GridReg(nn.Module):
         self.decoder = nn.ModuleList(DecoderLevel(widths[layer], coarsest=layer == num_layers) for layer in self.layers)
         self.mean = nn.Linear(CHANNELS, 3)
         self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
-        nn.init.normal_(self.mean.weight, std=1e-3)  # start near the identity, so that the first gradients mean something
+        nn.init.normal_(
+            self.mean.weight, std=1e-3
+        )  # start near the identity, so that the first gradients mean something
         nn.init.zeros_(self.mean.bias)
         if bayesian:  # and nearly certain: σ of 1.5 % of the image
             nn.init.normal_(self.log_variance.weight, std=1e-3)

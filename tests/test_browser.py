@@ -44,7 +44,9 @@ CLIPPED = """(node => {
 @pytest.fixture(scope="module", autouse=True)
 def what_is_needed():
     missing = [] if CHROMIUM else [f"browser on the path ({', '.join(BROWSERS)})"]
-    missing += [f"folder {name}/ (`make lab` fetches it)" for name in ("data", "checkpoints") if not (ROOT / name).is_dir()]
+    missing += [
+        f"folder {name}/ (`make lab` fetches it)" for name in ("data", "checkpoints") if not (ROOT / name).is_dir()
+    ]
     if missing:
         say = pytest.fail if os.environ.get("GRIDREG_BROWSER") == "required" else pytest.skip
         say(f"found no {' and no '.join(missing)}; expected it for the tests in a browser, which install nothing")
@@ -252,7 +254,10 @@ def test_a_lesson_runs_and_every_picture_with_sliders_answers(page, lab, name):
     for cell in found:
         for size in SIZES:
             node = at_size(page, size, cell, "img")
-            image, handles = f"{node}.querySelector('.jp-OutputArea-output img')", f"{node}.querySelectorAll('.noUi-handle')"
+            image, handles = (
+                f"{node}.querySelector('.jp-OutputArea-output img')",
+                f"{node}.querySelectorAll('.noUi-handle')",
+            )
             for number in range(page.js(f"{handles}.length") if size == "wide" else 1):
                 what = f"slider {number} of cell {cell} at {size}"
                 change(page, image, lambda: page.press(f"{handles}[{number}]", "ArrowRight"), what)

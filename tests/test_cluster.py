@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 from small_params import fresh
-from test_train import ROOT, SETTINGS, folder, run_training, same, weights_of  # noqa: F401: folder is a fixture
+from test_train import ROOT, SETTINGS, run_training, same, weights_of  # noqa: F401: folder is a fixture
 
-from gridreg import params
-from gridreg import train as training
-from gridreg.ablation import named_arguments, trainings
-from gridreg.dataset import Preprocessed
+from study.cohorts.dataset import Preprocessed
+from study.config import params
+from study.config.ablation import named_arguments, trainings
+from study.training import train as training
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "GRIDREG_ACCELERATOR": "cpu"}
 ENVIRONMENT["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums depend on it, and so do weights
@@ -42,7 +42,7 @@ def repository(folder, tmp_path) -> Path:  # noqa: F811
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "gridreg.train", *arguments]
+    return [sys.executable, "-m", "study.training.train", *arguments]
 
 
 def test_tasks_of_a_job_array_train_side_by_side_and_are_adopted(repository, monkeypatch):
@@ -69,7 +69,10 @@ def test_tasks_of_a_job_array_train_side_by_side_and_are_adopted(repository, mon
 def test_a_training_that_is_not_there_is_refused_with_a_sentence(repository, arguments, found):
     done = subprocess.run(command(*arguments), cwd=repository, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and not (repository / ".scratch").exists()
-    assert done.stderr == f"error: params.yaml: no training is called {found}; expected one of python -m gridreg.train --list\n"
+    assert (
+        done.stderr
+        == f"error: params.yaml: no training is called {found}; expected one of python -m study.training.train --list\n"
+    )
 
 
 SEVERAL = """
@@ -107,10 +110,19 @@ def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):  # noqa
 
 
 def test_the_command_of_the_readme_trains_one_run_on_two_devices(repository, monkeypatch):
-    assert "torchrun --nproc-per-node 4 -m gridreg.train brain gridreg-adaptive" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "torchrun --nproc-per-node 4 -m study.training.train brain gridreg-adaptive" in (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
-    torchrun += ["-m", "gridreg.train", "blobs", "gridreg-adaptive"]
-    done = subprocess.run(torchrun, cwd=repository, env=ENVIRONMENT | {"GRIDREG_DEVICES": "2"}, capture_output=True, text=True, timeout=300)
+    torchrun += ["-m", "study.training.train", "blobs", "gridreg-adaptive"]
+    done = subprocess.run(
+        torchrun,
+        cwd=repository,
+        env=ENVIRONMENT | {"GRIDREG_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     monkeypatch.chdir(repository)
     monkeypatch.setattr(training, "optimise", None)  # from here on nothing is trained

@@ -85,7 +85,9 @@ def sources() -> dict[str, str]:
     """The Python of the package and of the notebooks' code cells, by file name."""
     code = {file.name: file.read_text() for file in ROOT.glob("gridreg/*.py")}
     for file in ROOT.glob("notebooks/*.ipynb"):
-        cells = ["".join(cell["source"]) for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+        cells = [
+            "".join(cell["source"]) for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"
+        ]
         code[file.name] = re.sub(r"^(\s*)[%!].*$", r"\1pass", "\n".join(cells), flags=re.M)
     return code
 
@@ -104,7 +106,9 @@ def test_what_the_code_imports_is_a_direct_dependency():
 
 
 def test_make_lists_its_targets():
-    listed = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "-C", str(ROOT), "--no-print-directory"], capture_output=True, text=True, check=True
+    ).stdout
     for target in ("env", "repro", "smoke", "test", "lab", "cohort"):
         assert f"make {target} " in listed
 
@@ -115,6 +119,9 @@ def test_the_licence_is_apache_2_in_the_file_and_in_the_citation():
     citation = YAML(typ="safe", pure=True).load((ROOT / "CITATION.cff").read_text())
     assert citation["license"] == "Apache-2.0" and str(citation["version"]) == "0.1.0"
     paper = citation["preferred-citation"]
-    assert paper["title"] == "On the degrees of freedom of gridded control points in learning-based medical image registration"
+    assert (
+        paper["title"]
+        == "On the degrees of freedom of gridded control points in learning-based medical image registration"
+    )
     assert [a["family-names"] for a in paper["authors"]] == [
         "Yan", "Yang", "Wang", "Punwani", "Emberton", "Stavrinides", "Hu", "Barratt"]  # fmt: skip

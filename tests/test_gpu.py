@@ -13,15 +13,17 @@ from lightning_fabric import Fabric
 from lightning_fabric.accelerators import CPUAccelerator
 from lightning_fabric.strategies import SingleDeviceStrategy
 from pretend_gpu import GPU, Memory, Pretend
-from test_train import RUN, SETTINGS, folder, run_training # noqa: F401: folder is a fixture
+from test_train import RUN, SETTINGS, run_training  # noqa: F401: folder is a fixture
 
-from gridreg import evaluate, explorer, train, uncertainty
-from gridreg.dataset import Preprocessed
-from gridreg.evaluate import load_run
-from gridreg.grid import warp
-from gridreg.memory import MB
+from gridreg.explorer import registered as explorer
 from gridreg.network import GridReg
-from gridreg.pair import Case
+from gridreg.scans.pair import Case
+from gridreg.spatial import warp
+from study.benchmark.memory import MB
+from study.cohorts.dataset import Preprocessed
+from study.evaluation import evaluate, uncertainty
+from study.evaluation.evaluate import load_run
+from study.training import train
 
 GRIDREG = RUN | {"grids": [[3, 3, 3], [4, 5, 3]]}
 RUNS = {
@@ -34,7 +36,14 @@ RUNS = {
     "voxelmorph-integrated": {"method": "voxelmorph", "width": 4, "levels": 2, "integration_steps": 3},
     "transmorph": {"method": "transmorph", "embed": 12, "drop_path": 0.1},
     "keymorph": {"method": "keymorph", "keypoints": 8, "width": 4, "layers": 4, "poolings": 1},
-    "keymorph-affine": {"method": "keymorph", "keypoints": 8, "width": 4, "layers": 4, "poolings": 1, "align": "affine"},
+    "keymorph-affine": {
+        "method": "keymorph",
+        "keypoints": 8,
+        "width": 4,
+        "layers": 4,
+        "poolings": 1,
+        "align": "affine",
+    },
 }
 
 
@@ -60,11 +69,15 @@ class Accelerator(CPUAccelerator):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(train, "launch", lambda: Fabric(strategy=SingleDeviceStrategy(GPU, Accelerator())))
-    register = torch.no_grad()(evaluate.register.__wrapped__)  # in inference mode tensors of Python's making cannot be views
+    register = torch.no_grad()(
+        evaluate.register.__wrapped__
+    )  # in inference mode tensors of Python's making cannot be views
     for module in (evaluate, explorer, uncertainty):
         monkeypatch.setattr(module, "device", lambda: GPU)
         monkeypatch.setattr(module, "register", register)
-    torch.__future__.set_swap_module_params_on_conversion(True)  # as on a GPU, where a moved parameter is the same object
+    torch.__future__.set_swap_module_params_on_conversion(
+        True
+    )  # as on a GPU, where a moved parameter is the same object
     with Pretend():
         yield
     torch.__future__.set_swap_module_params_on_conversion(False)
@@ -89,7 +102,9 @@ def test_tensors_of_both_devices_do_not_mix(gpu):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_training_on_a_gpu_resumes_and_is_that_on_the_cpu(folder, tmp_path, gpu, monkeypatch, name):  # noqa: F811
     settings = SETTINGS | {"steps": 4, "validate_every": 2}
-    train_there = partial(run_training, folder, tmp_path / "gpu", tmp_path / "scratch", run=RUNS[name], settings=settings)
+    train_there = partial(
+        run_training, folder, tmp_path / "gpu", tmp_path / "scratch", run=RUNS[name], settings=settings
+    )
     monkeypatch.setattr(train.State, "save", interrupted_at(2))
     with pytest.raises(KeyboardInterrupt):
         train_there()

@@ -21,7 +21,7 @@ NEEDS_TORCH = {"architecture", "attention", "benchmark", "checkpoint", "cost", "
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Every module that a file imports, `gridreg.params` as such, also inside functions."""
+    """Every module that a file imports, `study.config.params` as such, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -53,7 +53,9 @@ def outputs(name: str) -> list[str]:
 
 def draws(name: str) -> bool:
     """Whether a stage writes figures; one into executed/ is nobody's input."""
-    return any(path.startswith("figures/") and not path.endswith((".csv", ".md", ".tex", ".html")) for path in outputs(name))
+    return any(
+        path.startswith("figures/") and not path.endswith((".csv", ".md", ".tex", ".html")) for path in outputs(name)
+    )
 
 
 def closure(modules: set[str]) -> set[str]:
@@ -109,24 +111,71 @@ def test_a_stage_lists_the_notebook_and_the_modules_it_uses(name):
 SYN = {"syn", "pairwise", "preprocess", "align", "learn2reg", "resample", "splits", "results"}
 OPTIONAL = {
     "false_correspondence": {"attention", "fold_free", "network"},
-    "approximation": {"attention", "fold_free", "grid", "keymorph", "methods", "network", "transmorph", "truth", "volumes", *SYN},
+    "approximation": {
+        "attention",
+        "fold_free",
+        "grid",
+        "keymorph",
+        "methods",
+        "network",
+        "transmorph",
+        "truth",
+        "volumes",
+        *SYN,
+    },
     "train": {"volumes", "truth", *SYN},
     "evaluate": SYN,
     "evaluate_refined": SYN,
     "ablate": SYN,
     "uncertainty": {"keymorph", "losses", "metrics", "refine", "transmorph", *SYN},
-    "report": {"attention", "checkpoint", "fold_free", "grid", "interpolation", "keymorph", "methods", "network", "regions", "transmorph",
-               "truth", "volumes", *SYN},
+    "report": {
+        "attention",
+        "checkpoint",
+        "fold_free",
+        "grid",
+        "interpolation",
+        "keymorph",
+        "methods",
+        "network",
+        "regions",
+        "transmorph",
+        "truth",
+        "volumes",
+        *SYN,
+    },
     "evaluate_untrained": {"keymorph", "transmorph", *SYN},
     "preprocess": {"dataset", "devices", "results", "truth"},
     "tables": {"dataset", "grid", "volumes", "truth", "learn2reg"},
     "figures": {"truth"},
-    "benchmark": {"align", "checkpoint", "cost_report", "dataset", "devices", "fold_free", "learn2reg", "metrics",
-                  "preprocess", "resample", "results", "splits", "style", "truth", "volumes"},  # to draw is to measure anew
+    "benchmark": {
+        "align",
+        "checkpoint",
+        "cost_report",
+        "dataset",
+        "devices",
+        "fold_free",
+        "learn2reg",
+        "metrics",
+        "preprocess",
+        "resample",
+        "results",
+        "splits",
+        "style",
+        "truth",
+        "volumes",
+    },  # to draw is to measure anew
 }
 
 
-UNCACHED = ("tables", "figures", "false_correspondence", "approximation", "uncertainty", "report", "benchmark")  # what git keeps; cheap
+UNCACHED = (
+    "tables",
+    "figures",
+    "false_correspondence",
+    "approximation",
+    "uncertainty",
+    "report",
+    "benchmark",
+)  # what git keeps; cheap
 
 
 def test_an_output_is_of_one_stage_and_listed_once():
@@ -139,7 +188,9 @@ def test_an_output_is_of_one_stage_and_listed_once():
 
 
 def test_an_edit_of_the_style_redraws_every_figure():
-    drawing = [name for name in STAGES if draws(name) and not body(name).get("frozen")]  # benchmark redraws by make benchmark
+    drawing = [
+        name for name in STAGES if draws(name) and not body(name).get("frozen")
+    ]  # benchmark redraws by make benchmark
     assert {"figures", "false_correspondence", "approximation", "uncertainty"} <= set(drawing)
     for name in drawing:
         assert "gridreg/style.py" in body(name)["deps"], f"{name} keeps figures of another style"
@@ -148,7 +199,9 @@ def test_an_edit_of_the_style_redraws_every_figure():
 @pytest.mark.parametrize("name", STAGES)
 def test_nothing_executed_is_an_input_or_an_output(name):
     stage = body(name)
-    paths = [p if isinstance(p, str) else next(iter(p)) for key in ("deps", "outs", "metrics") for p in stage.get(key, [])]
+    paths = [
+        p if isinstance(p, str) else next(iter(p)) for key in ("deps", "outs", "metrics") for p in stage.get(key, [])
+    ]
     assert not [path for path in paths if path.startswith("executed/")]
     uncached = [p for p in stage.get("outs", []) if isinstance(p, dict)]
     assert not uncached or name in UNCACHED, "an uncached output takes the stage out of the run-cache"

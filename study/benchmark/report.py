@@ -1,0 +1,252 @@
+"""The benchmark as a table and as a figure: cost against grid size and against image size, the floor beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from gridreg.explorer.style import NEUTRAL, colour, styled
+from study.reporting.figures.style import add_caption, save_figure
+from study.reporting.results import grid_label, in_order, run_label
+
+FLOOR = "floor"
+REFERENCE = "gridreg-10"  # what the others are divided by; the first GridReg where there is none
+LABELS = {FLOOR: "Floor (read both images, write one)"}
+VARIANTS = {
+    "voxelmorph": "VoxelMorph, not integrated",
+    "gridreg-bayesian": "GridReg-10, Bayesian",
+}  # main runs that are no default
+MARKERS = {"voxelmorph": "s", "transmorph": "^", "keymorph": "D", "ants-syn": "v"}
+PARTS = {"encoder_s": "encoder", "decoder_s": "decoder", "upsampling_s": "upsampling", "warp_s": "warp"}
+
+
+def label(run: str) -> str:
+    if run.startswith("gridreg-") and run_label(run) == run:  # of a grid that is not among the paper's
+        return grid_label(run.replace("gridreg", "GridReg"))
+    return LABELS.get(run) or run_label(run)
+
+
+def runs_in_order(frame: pd.DataFrame) -> list[str]:
+    """GridReg from coarse to fine, the peers as in the tables, the floor."""
+    points = frame["grid"].where(frame["grid"] != "", "0x0x0").map(voxels)
+    gridreg = frame.assign(points=points)[frame["method"] == "gridreg"].sort_values("points", kind="stable")
+    others = frame.loc[~frame["method"].isin(["gridreg", FLOOR]), "run"]
+    return [
+        *dict.fromkeys(gridreg["run"]),
+        *in_order(others),
+        *dict.fromkeys(frame.loc[frame["method"] == FLOOR, "run"]),
+    ]
+
+
+def voxels(size: str) -> int:
+    """Points in "10x10x10"."""
+    return int(np.prod([int(n) for n in size.split("x")]))
+
+
+def of_methods(frame: pd.DataFrame) -> pd.DataFrame:
+    """Registration and training of every method; variants of them are for the tables of the ablations."""
+    return frame[frame["task"].isin(["register", "train"])]
+
+
+def shapes_in_order(frame: pd.DataFrame) -> list[str]:
+    return sorted(set(frame["shape"]), key=voxels)
+
+
+# --- table -------------------------------------------------------------------------------------------------------
+
+
+def significant(value: float, factor: float = 1.0) -> str:
+    """Three significant digits, no exponent, thousands with commas; "–" for nothing."""
+    value = value * factor
+    if not np.isfinite(value):
+        return "–"
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{2 - int(np.floor(np.log10(abs(value))))}f}"
+
+
+def on_gpu(frame: pd.DataFrame) -> bool:
+    return str(frame["device"].iloc[0]).startswith("cuda")
+
+
+def setting(frame: pd.DataFrame) -> str:
+    """Where it was measured, in words."""
+    device, threads = frame["device"].iloc[0], int(frame["threads"].iloc[0])
+    return f"{device}, {threads} thread{'s' if threads > 1 else ''}, float32"
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """One pipe table per image size, then what the columns mean and why a cell is empty."""
+    main = frame[(frame["task"] == "variant") & frame["run"].isin(list(VARIANTS))]
+    frame, bending = of_methods(frame), frame[frame["task"] == "bending"]
+    batches = sorted(set(frame.loc[frame["task"] == "train", "batch"]))
+    heads = ["", "ms a case", "against GridReg", *PARTS.values(), "memory (MB)"]
+    heads += [*(["all memory (MB)"] if on_gpu(frame) else []), "parameters", "multiply-adds (10⁹)"]
+    heads += [head for batch in batches for head in (f"training step, batch {batch} (ms)", "memory (MB)")]
+    runs = runs_in_order(frame)
+    reference = REFERENCE if REFERENCE in runs else runs[0]
+    text = [f"**What a registration costs.** Device: {setting(frame)}.", ""]
+    for shape in shapes_in_order(frame):
+        rows = {(row.run, row.task, row.batch): row for row in frame[frame["shape"] == shape].itertuples()}
+        unit = rows[reference, "register", 1].seconds if (reference, "register", 1) in rows else np.nan
+        text += [
+            f"Images of {grid_label(shape)} voxels",
+            "",
+            "| " + " | ".join(heads) + " |",
+            "|---" * len(heads) + "|",
+        ]
+        lines = [(label(run), rows[run, "register", 1]) for run in runs]
+        lines += [(VARIANTS[row.run], row) for row in main[main["shape"] == shape].itertuples()]
+        for name, row in lines:
+            ratio = significant(row.seconds / unit)
+            cells = [significant(row.seconds, 1e3), ratio if ratio == "–" else f"{ratio}×"]
+            cells += [significant(getattr(row, part), 1e3) for part in PARTS]
+            cells += [significant(row.memory_mb), *([significant(row.peak_mb)] if on_gpu(frame) else [])]
+            cells += ["–" if np.isnan(row.parameters) else f"{row.parameters:,.0f}"]
+            cells += [significant(row.multiply_adds, 1e-9)]
+            for batch in batches:
+                step = rows.get((row.run, "train", batch)) if row.task == "register" else None
+                cells += [significant(step.seconds, 1e3), significant(step.memory_mb)] if step else ["–", "–"]
+            text.append(f"| {name} | " + " | ".join(cells) + " |")
+        text.append("")
+    text += bending_table(bending)
+    return "\n".join([*text, *(f"- {note}" for note in [*definitions(frame, reference), *left_out(frame)]), ""])
+
+
+def bending_table(rows: pd.DataFrame) -> list[str]:
+    """What the bending energy and its gradient cost in either form; nothing where it was not measured."""
+    if rows.empty:
+        return []
+    text = [f"The bending energy of {grid_label(rows['grid'].iloc[0])} control points and its gradient: second derivatives of "
+            "the dense field, or the same number as a quadratic form of the control points", "",
+            "| voxels | dense (ms) | memory (MB) | control points (ms) | memory (MB) |", "|---" * 5 + "|"]  # fmt: skip
+    for shape, pair in rows.groupby("shape", sort=False):
+        cells = [significant(value, factor) for row in pair.sort_values("run").itertuples()
+                 for value, factor in ((row.seconds, 1e3), (row.memory_mb, 1))]  # fmt: skip
+        text.append(f"| {grid_label(shape)} | " + " | ".join(cells) + " |")
+    return [*text, ""]
+
+
+def definitions(frame: pd.DataFrame, reference: str) -> list[str]:
+    """What the columns mean."""
+    memory = "by how much the process grew, after a warm-up and with freed memory given back,"
+    memory = "what was allocated on the GPU" if on_gpu(frame) else memory
+    notes = [
+        "Time: network and warp, images on the device, median of several calls after a warm-up; of a slow one, "
+        f"the first after the warm-up. Against GridReg: divided by that of {label(reference)}. The parts of GridReg were "
+        "timed in calls of their own.",
+        f"Memory: {memory} at the peak of a call (median of several, of a slow one the first), beyond weights and images. For "
+        "training, gradients and Adam's state are in it.",
+        "Multiply-adds: those of convolutions, matrix products and attention; no norms, activations or interpolation.",
+        "Every method has its published size, and pads the images where it needs to. VoxelMorph is as its package builds it: it "
+        "integrates a velocity. Not integrated, as in Table 1, it was measured at one size.",
+        "Floor: the bytes of both images and of the warped one over the bandwidth that a copy in memory reaches.",
+    ]
+    if not on_gpu(frame):
+        notes.append("All methods run with the same settings of the memory allocator, glibc's own; a training by "
+                     "`study.training.train` tells it to keep what a step frees, which saves time and holds memory.")  # fmt: skip
+    return notes
+
+
+def left_out(frame: pd.DataFrame) -> list[str]:
+    """Every note of the benchmark once, after the rows that it belongs to."""
+    lines = []
+    for note, rows in frame[frame["note"] != ""].groupby("note", sort=False):
+        names = []
+        for (run, task, batch), part in rows.groupby(["run", "task", "batch"], sort=False):
+            name = label(run) + (f", training with batch {batch}" if task == "train" else "")
+            everywhere = part["shape"].nunique() == frame["shape"].nunique()
+            names.append(name if everywhere else f"{name}, at {' and '.join(map(grid_label, part['shape']))}")
+        lines.append(f"{'; '.join(names)}: {note}.")
+    return lines
+
+
+# --- figure ------------------------------------------------------------------------------------------------------
+
+
+def cost_figure(path: Path | str, frame: pd.DataFrame) -> Figure:
+    """Cost against grid size at the largest image (left) and against image size (right), log axes; writes PNG and PDF.
+
+    Rows: time and memory of a registration, then of a training step at the smallest batch that was measured.
+    """
+    frame = of_methods(frame)
+    batches = sorted(set(frame.loc[(frame["task"] == "train") & frame["seconds"].notna(), "batch"]))
+    panels = [("register", 1, "seconds", "time per case (s)"), ("register", 1, "memory_mb", "peak extra memory (MB)")]
+    if batches:
+        panels += [("train", batches[0], "seconds", f"training step,\nbatch {batches[0]} (s)"),
+                   ("train", batches[0], "memory_mb", "its peak extra\nmemory (MB)")]  # fmt: skip
+    runs, shapes = runs_in_order(frame), shapes_in_order(frame)
+    measured = frame[frame["seconds"].notna() & (frame["task"] == "register")]
+    shown = max(shapes, key=lambda shape: (measured.loc[measured["shape"] == shape, "run"].nunique(), voxels(shape)))
+    with styled():
+        figure, axes = plt.subplots(
+            len(panels), 2, figsize=(7.2, 1.75 * len(panels) + 1.3), squeeze=False, sharex="col", sharey="row",
+            layout="constrained",
+        )  # fmt: skip
+        for pair, (task, batch, column, title) in zip(axes, panels):
+            rows = frame[(frame["task"] == task) & (frame["batch"] == batch) & (frame[column] > 0)]
+            _against_grids(pair[0], rows[rows["shape"] == shown], column)
+            _against_images(pair[1], rows, column, runs, shapes)
+            pair[0].set_ylabel(title)
+            low, high = np.log10(pair[0].get_ylim())
+            pair[0].set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades: at least two are labelled
+        axes[0, 0].set_title(f"Grid size, images of {grid_label(shown)}", loc="left")
+        axes[0, 1].set_title("Image size", loc="left")
+        axes[-1, 0].set_xlabel("control points per axis")
+        axes[-1, 1].set_xlabel("image (voxels)")
+        handles = {h.get_label(): h for ax in axes[:, 1] for h in ax.get_lines()}
+        names = [label(run) for run in runs if label(run) in handles]
+        figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=4)
+        missing = [label(run) for run in runs if frame.loc[frame["run"] == run, "seconds"].isna().all()]
+        gaps = f" Not measured: {', '.join(missing)}; the table says why." if missing else ""
+        add_caption(figure, f"Device: {setting(frame)}. Left: GridReg against the methods without a grid, which are "
+                            f"horizontal lines.{gaps}")  # fmt: skip
+        save_figure(figure, path)
+    return figure
+
+
+def _line(run: str, method: str) -> dict:
+    """How a run is drawn in both columns."""
+    if method == FLOOR:
+        return {"color": NEUTRAL, "ls": "--", "lw": 1.0, "label": label(run)}
+    return {"color": colour(run), "marker": "o" if method == "gridreg" else MARKERS.get(run, "P"), "label": label(run)}
+
+
+def _against_grids(ax: Axes, rows: pd.DataFrame, column: str) -> None:
+    """GridReg at every grid; the other methods as lines across."""
+    grids = rows[rows["method"] == "gridreg"]
+    points = grids["grid"].map(voxels).to_numpy()
+    order = np.argsort(points, kind="stable")
+    ax.plot(points[order], grids[column].to_numpy()[order], color=colour("gridreg-adaptive"), lw=1.0, zorder=2)
+    for x, row in zip(points, grids.itertuples()):
+        ax.plot(x, getattr(row, column), ls="", zorder=3, **_line(row.run, row.method))
+    for row in rows[rows["method"] != "gridreg"].itertuples():
+        ax.axhline(getattr(row, column), **_line(row.run, row.method) | {"marker": None}, zorder=1)
+    _log(ax)
+    if len(points):
+        cubes = [g.split("x") for g in grids["grid"]]
+        ax.set_xticks(points, [c[0] if len(set(c)) == 1 else "×".join(c) for c in cubes])
+
+
+def _against_images(ax: Axes, rows: pd.DataFrame, column: str, runs: list[str], shapes: list[str]) -> None:
+    """One line a run."""
+    for run in runs:
+        part = rows[rows["run"] == run].assign(size=lambda f: f["shape"].map(voxels)).sort_values("size")
+        if len(part):
+            ax.plot(part["size"], part[column], **_line(run, part["method"].iloc[0]))
+    _log(ax)
+    ax.set_xticks([voxels(shape) for shape in shapes], [grid_label(shape) for shape in shapes])
+
+
+def _log(ax: Axes) -> None:
+    ax.set(xscale="log", yscale="log")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.margins(x=0.12)
+    ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)

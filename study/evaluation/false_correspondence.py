@@ -1,0 +1,228 @@
+"""The experiment behind Figure 1: what a wrong correspondence does to coarse grids, fine grids and a dense field.
+
+Pairs of simulated slices with a known smooth deformation: a homogeneous disc (the organ) in textured surroundings. Into
+otherwise perfect pairs one thing at a time is injected: image noise, a spot that lies at different places of the disc
+in the two images (the orange stars of Figure 1), or a mask of the disc with a wrong contour, beside the same with the
+right one. Every pair is then registered with the losses of this package by optimising the control points themselves, no
+network between, at several grid sizes and weights of the bending energy, the other way to keep a field smooth. The last
+condition is the converse: nothing is wrong, and the deformation has details that only a fine grid can follow.
+
+A slice is a volume (1, n, n) with one control point along its first axis and no displacement along it, so that the
+functions for volumes serve unchanged. Lengths are in voxels of the slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gridreg import losses
+from gridreg.refinement import LEARNING_RATE
+from gridreg.spatial import warp
+from gridreg.upsampling import upsample
+
+SIZE = 48  # n
+RADIUS = 12.0  # of the disc
+DISC = 0.65  # its intensity; the texture around it varies about 0.45
+EDGE = 0.7  # softness of edges
+DEFORMATION = 4.0  # longest true displacement
+NOISE = 0.05  # standard deviation, intensities in [0, 1]
+SPOT_APART = 5.0  # from where the spot should be in the moving image to where it is
+CONTOUR_OFF = 2.0  # of the fixed mask, standard deviation along its contour
+GRIDS = (3, 5, 8, 12, SIZE)  # control points per axis; the last is every voxel
+PAPERS_WEIGHT = 2e5 * (SIZE / 128) ** 4  # of the bending energy: the paper's, for voxels 128/48 times as large
+BENDING_WEIGHTS = (PAPERS_WEIGHT, PAPERS_WEIGHT / 10, PAPERS_WEIGHT / 100)
+DICE_WEIGHT = 0.3  # as in params.yaml
+STEPS = 60  # of Adam, at each grid
+CONVERGENCE = (
+    f"Not converged: {STEPS} steps at each grid, each finer one starting from what the coarser one found (with 600, over five "
+    "pairs, means in the disc move by up to 0.35 voxels)."
+)
+CONDITIONS = {  # name in figures → what is injected
+    "nothing": {},
+    "image noise": {"noise": NOISE},
+    "false match": {"spot": True},
+    "correct masks": {"masks": True},
+    "wrong masks": {"masks": True, "rough": True},
+    "fine deformation": {"details": True},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One simulated pair, slices (n, n); displacement (2, n, n) in voxels, true, from fixed to moving."""
+
+    fixed: np.ndarray
+    moving: np.ndarray
+    fixed_mask: np.ndarray  # of the disc, bool, perhaps with errors; empty where no masks are used
+    moving_mask: np.ndarray
+    displacement: np.ndarray
+    disc: np.ndarray  # where the fixed image shows the disc, in truth: 1 within, 0 outside, with a soft edge
+    spots: np.ndarray | None = None  # (2, 2): the false match, a point of the fixed image and one of the moving image
+
+
+def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = False, rough: bool = False,
+             details: bool = False) -> Pair:  # fmt: skip
+    """A pair, equal for equal seeds but for what is injected; every draw is made whether it is used or not."""
+    rng = np.random.default_rng(seed)
+    waves = rng.uniform(8, 24, 40), rng.uniform(0, 2 * np.pi, 40), rng.uniform(0, 2 * np.pi, 40)
+    x = np.indices((SIZE, SIZE), float)
+    u = _smooth_field(rng, x)
+    around, angles, noises = (
+        rng.uniform(0, 2 * np.pi, 3),
+        rng.uniform(0, 2 * np.pi, 5),
+        rng.standard_normal((2, SIZE, SIZE)),
+    )
+    if details:
+        for k in range(3):  # in the textured surroundings, a third of a turn apart
+            at = _beside_disc(around[0] + k * 2 * np.pi / 3, RADIUS + 6)
+            u = u + 2 * _direction(around[1] + k)[:, None, None] * np.exp(-(_distance(x, at) ** 2) / (2 * 3**2))
+    y = x + u
+    fixed, moving = _image(y, waves), _image(x, waves)
+    disc = _disc(y)
+    fixed_mask, moving_mask = (disc > 0.5) & masks, (_disc(x) > 0.5) & masks
+    spots = None
+    if spot:
+        here = _beside_disc(angles[0], 4.0)  # within the disc
+        there = here - SPOT_APART * _direction(angles[0])  # across its centre, so within it, too
+        spots = np.stack([_preimage(here, x, y), there])
+        fixed, moving = fixed + _spot(y, here), moving + _spot(x, there)
+    if rough:
+        fixed_mask = _distance(y, _beside_disc(0.0, 0.0)) < RADIUS + _roughness(angles[1:], y)
+    return Pair(fixed + noise * noises[0], moving + noise * noises[1], fixed_mask, moving_mask, u, disc, spots)
+
+
+def _smooth_field(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    """(2, n, n) sum of waves one to two image sides long, the longest displacement scaled to ``DEFORMATION``."""
+    u = np.zeros_like(x)
+    for _ in range(4):
+        wave = 2 * np.pi / (SIZE * rng.uniform(1, 2)) * _direction(rng.uniform(0, 2 * np.pi))
+        phase, heading = rng.uniform(0, 2 * np.pi, 2)
+        u += _direction(heading)[:, None, None] * np.cos(np.tensordot(wave, x, 1) + phase)
+    return u * DEFORMATION / np.linalg.norm(u, axis=0).max()
+
+
+def _direction(angle: float) -> np.ndarray:
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def _beside_disc(angle: float, distance: float) -> np.ndarray:
+    """The point at that angle and distance from the centre of the disc."""
+    return (SIZE - 1) / 2 + distance * _direction(angle)
+
+
+def _distance(x: np.ndarray, point: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(x - point[:, None, None], axis=0)
+
+
+def _soft(inside: np.ndarray) -> np.ndarray:
+    """1 where ``inside`` is positive, 0 where negative, with a soft edge."""
+    return 1 / (1 + np.exp(-np.clip(inside / EDGE, -50, 50)))
+
+
+def _disc(x: np.ndarray) -> np.ndarray:
+    return _soft(RADIUS - _distance(x, _beside_disc(0.0, 0.0)))
+
+
+def _spot(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return 0.3 * np.exp(-(_distance(x, at) ** 2) / (2 * 2**2))
+
+
+def _roughness(phases: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(n, n) voxels by which a drawn contour lies too far out, by the angle around the disc: four to seven waves."""
+    angle = np.arctan2(*(y - (SIZE - 1) / 2)[::-1])
+    return CONTOUR_OFF * sum(np.cos(k * angle + phase) for k, phase in zip((4, 5, 6, 7), phases)) / np.sqrt(2)
+
+
+def _image(x: np.ndarray, waves) -> np.ndarray:
+    """The noiseless anatomy at points x (2, n, n) of the moving image, in closed form: nothing is interpolated."""
+    lengths, angles, phases = waves
+    vectors = 2 * np.pi / lengths * np.stack([np.cos(angles), np.sin(angles)])  # (2, waves)
+    texture = np.cos(np.tensordot(vectors.T, x, 1) + phases[:, None, None]).sum(0) / np.sqrt(len(lengths) / 2)
+    return DISC * _disc(x) + (0.45 + 0.12 * texture) * (1 - _disc(x))
+
+
+def _preimage(point: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The voxel x whose y = x + u(x) comes nearest to a point of the moving image."""
+    return x.reshape(2, -1)[:, np.argmin(_distance(y, point))]
+
+
+def register(
+    pairs: Sequence[Pair], grids: Sequence[int] = GRIDS, bending_weight: float = PAPERS_WEIGHT, steps: int = STEPS
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Register pairs by optimising their control points with Adam, at one grid size after the other.
+
+    Each grid starts from what the one before found, so that a fine grid or a dense field does not fail for want of a
+    good start; ``steps`` are for each. The loss is that of training: similarity of image and control points, Dice of
+    the masks, bending energy. Returns grid → (displacements (B, 2, n, n) in voxels, mean squared intensity differences
+    reached (B,)).
+    """
+    fixed, moving = (_as_volumes(pairs, *names) for names in (("fixed", "fixed_mask"), ("moving", "moving_mask")))
+    found, start = {}, torch.zeros(len(pairs), 3, 1, 2, 2)
+    for grid in grids:
+        start = _optimise(upsample(start, (1, grid, grid)), fixed, moving, bending_weight, steps)
+        displacement = upsample(start, (1, SIZE, SIZE))
+        difference = (warp(moving[:, :1], displacement) - fixed[:, :1]).square().mean((1, 2, 3, 4))
+        found[grid] = displacement[:, 1:, 0].numpy(), difference.numpy()
+    return found
+
+
+def _optimise(start: Tensor, fixed: Tensor, moving: Tensor, bending_weight: float, steps: int) -> Tensor:
+    """Control points (B, 3, 1, g, g) in voxels after ``steps`` from ``start``; image and mask are two channels."""
+    moved = torch.zeros_like(start[:, 1:], requires_grad=True)  # in image sides, as in refine
+    optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE)
+    masked = fixed[:, 1].flatten(1).any(1).sum()
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / steps, total_iters=steps)
+    for _ in range(steps):
+        control_points = start + F.pad(moved * SIZE, (0, 0, 0, 0, 0, 0, 1, 0))  # nothing moves along the first axis
+        warped = warp(moving, upsample(control_points, (1, SIZE, SIZE)))
+        loss = losses.similarity("mse", fixed[:, :1], warped[:, :1], tuple(control_points.shape[2:]))
+        loss = loss + bending_weight * losses.grid_bending_energy(control_points, (3, SIZE, SIZE))
+        # means over pairs become sums, so that no pair knows of the others; those without masks add nothing to the Dice
+        loss = loss * len(fixed) + DICE_WEIGHT * masked * losses.dice(fixed[:, 1:], warped[:, 1:])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return control_points.detach()
+
+
+def _as_volumes(pairs: Sequence[Pair], *names: str) -> Tensor:
+    """(B, channels, 1, n, n) of the named slices."""
+    slices = [[getattr(pair, name) for name in names] for pair in pairs]
+    return torch.from_numpy(np.array(slices)).float()[:, :, None]
+
+
+def run(
+    seeds: Iterable[int] = range(5),
+    grids: Sequence[int] = GRIDS,
+    conditions: Iterable[str] = tuple(CONDITIONS),
+    bending_weights: Sequence[float] = BENDING_WEIGHTS,
+    steps: int = STEPS,
+) -> tuple[pd.DataFrame, dict[tuple[str, float, int], tuple[Pair, np.ndarray]]]:
+    """Register a pair of every seed under every condition, at every grid size and weight of the bending energy.
+
+    Returns a frame, one row a registration, with columns condition, bending_weight, grid, seed, error_disc,
+    error_around, error (mean distance to the truth, in voxels: within the disc, outside it, everywhere) and difference
+    (mean squared intensity difference reached); and for pictures {(condition, bending_weight, grid): (pair of the first
+    seed, displacement found (2, n, n))}.
+    """
+    cases = [(condition, seed) for condition in conditions for seed in seeds]
+    pairs = [simulate(seed, **CONDITIONS[condition]) for condition, seed in cases]
+    rows, pictures = [], {}
+    for weight in bending_weights:
+        for grid, found in register(pairs, grids, weight, steps).items():
+            for (condition, seed), pair, displacement, difference in zip(cases, pairs, *found):
+                pictures.setdefault((condition, weight, grid), (pair, displacement))
+                error = np.linalg.norm(displacement - pair.displacement, axis=0)
+                inside = pair.disc > 0.5
+                parts = (error[inside].mean(), error[~inside].mean(), error.mean())
+                rows.append((condition, weight, grid, seed, *parts, difference))
+    columns = ["condition", "bending_weight", "grid", "seed", "error_disc", "error_around", "error", "difference"]
+    return pd.DataFrame(rows, columns=columns), pictures

@@ -1,0 +1,94 @@
+"""Predicted uncertainty beside the error that is known: what Figure 7 and the calibration are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from torch import nn
+from tqdm import tqdm
+
+from gridreg import calibration
+from gridreg.devices import device
+from gridreg.spatial import Shape
+from gridreg.upsampling import upsample, upsample_sigma
+from study.cohorts.dataset import Preprocessed
+from study.evaluation.evaluate import register
+
+VOXELS = (
+    20_000  # of a pair, at most: all those of hundreds of pairs in the paper's size would be 100 GB, and say no more
+)
+COLUMNS = ["dataset", "run", "simulated", "grid", "propagation", "scaling", "factor", "fitted_on", "pairs"]
+
+# From the control points to the voxels between them. The head predicts no correlations, so either is an assumption, and
+# they are the two ends: neighbours that err together are neither independent nor one.
+INDEPENDENT, CORRELATED = "independent", "fully correlated"
+PROPAGATIONS = {
+    INDEPENDENT: upsample_sigma,  # variances add up with squared weights: between control points errors average out
+    CORRELATED: upsample,  # σ is interpolated like the displacement: they do not
+}
+
+
+class Uncertain(NamedTuple):
+    """One pair, registered by a network with a Bayesian head; arrays on the fixed grid, mm along each array axis."""
+
+    fixed: str
+    moving: str
+    sigma_mm: dict[str, np.ndarray]  # by propagation: (3, W, H, D)
+    error_mm: np.ndarray  # (3, W, H, D) displacement minus the true one; NaN where that is not known
+    region: np.ndarray  # (W, H, D) bool: the fixed mask (everything without one), as far as the truth is known
+
+    def within(self, propagation: str) -> tuple[np.ndarray, np.ndarray]:
+        """(error, sigma), (3, N) each, in the region: at all of its voxels, or at ``VOXELS`` evenly chosen ones."""
+        voxels = np.flatnonzero(self.region)
+        if voxels.size > VOXELS:
+            voxels = voxels[np.linspace(0, voxels.size - 1, VOXELS).astype(int)]
+        return tuple(values.reshape(3, -1)[:, voxels] for values in (self.error_mm, self.sigma_mm[propagation]))
+
+
+def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: str) -> Iterator[Uncertain]:
+    """Every pair of a split, registered at ``grid``, one after the other: whole volumes, so keep few of them."""
+    where = device()
+    network = network.to(where).eval()
+    for fixed, moving in tqdm(data.pairs(split), f"uncertainty {split}", unit="pair", mininterval=2, leave=False):
+        registration = register(network, data.image(fixed), data.image(moving), grid, where)[0]
+        sigma = {
+            name: propagate(registration.sigma, data.shape, network.upsampling)[0].cpu().numpy() * data.spacing
+            for name, propagate in PROPAGATIONS.items()
+        }
+        truth, labels = data.truth(fixed, moving), data.labels(fixed)
+        region = np.ones(data.shape, bool) if labels is None else labels > 0
+        error = np.full((3, *data.shape), np.nan)
+        if truth is not None:
+            found_mm = (registration.displacement[0].cpu().numpy() - truth[0]) * data.spacing
+            error = np.where(truth[1], found_mm, np.nan)
+        yield Uncertain(fixed, moving, sigma, error, region & np.isfinite(error).all(0))
+
+
+def joined(pairs: Iterable[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Propagation → (error, sigma), (3, N) each, of all pairs whose truth is known (``within``); empty without any."""
+    known = [{name: pair.within(name) for name in PROPAGATIONS} for pair in pairs if pair.region.any()]
+    return {
+        name: tuple(np.concatenate(side, axis=1) for side in zip(*(pair[name] for pair in known)))
+        for name in (PROPAGATIONS if known else ())
+    }
+
+
+def calibration_rows(
+    dataset: str, run: str, grid: str, simulated: bool, measured: dict, fitted: dict, pairs: tuple[int, int]
+) -> pd.DataFrame:
+    """``calibration.report`` on the test pairs, as predicted and after one factor fitted on the validation pairs.
+
+    measured, fitted  ``joined`` test and validation pairs; pairs: how many these are
+
+    Two rows for either propagation. No row where the truth of either is not known.
+    """
+    rows = []
+    for name in measured if fitted else ():
+        (error, sigma), factor = measured[name], calibration.scale(*fitted[name])
+        for words, times in (("as predicted", 1.0), ("rescaled", factor)):
+            values = (dataset, run, simulated, grid, name, words, times, f"{pairs[1]} validation pairs", pairs[0])
+            rows.append(dict(zip(COLUMNS, values)) | calibration.report(error, times * sigma))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=COLUMNS)

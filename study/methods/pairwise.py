@@ -1,0 +1,45 @@
+"""Registration without training, called as every network is: each pair is handed to a process of its own (ANTs SyN)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor, nn
+
+from gridreg.network import Registration
+from gridreg.scans.prepare import fresh_processes
+from gridreg.spatial import Shape
+from study.methods.syn import syn
+
+
+class SyN(nn.Module):
+    """ANTs SyN; settings: the named arguments of ``syn``, but for the masks.
+
+    mask_margin  the metric of the deformable stage looks at the labels of both images and at so many voxels around
+                 them; None: everywhere
+
+    The process starts with the first pair, which takes seconds, and is kept for the others.
+    """
+
+    def __init__(self, mask_margin: int | None = None, **settings):
+        super().__init__()
+        self.mask_margin, self.settings, self.process = mask_margin, settings, None
+
+    def forward(
+        self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None, labels: list[np.ndarray] | None = None
+    ) -> Registration:
+        """fixed, moving: (B, 1, W, H, D) in [0, 1], isotropic voxels. There is no grid: ``grid_size`` is not used.
+
+        labels  of the fixed and of the moving image, (W, H, D) each, for ``mask_margin``; B is 1 then
+        """
+        if self.process is None:
+            self.process = fresh_processes(1)
+        pairs = [[side[0].cpu().numpy() for side in pair] for pair in zip(fixed, moving)]
+        masks = {}
+        if self.mask_margin is not None and labels is not None:
+            near = [(distance_transform_edt(each == 0) <= self.mask_margin).astype(np.float32) for each in labels]
+            masks = dict(zip(("fixed_mask", "moving_mask"), near))
+        jobs = [self.process.submit(syn, *pair, **self.settings, **masks) for pair in pairs]
+        displacement = torch.from_numpy(np.stack([job.result() for job in jobs]))
+        return Registration(displacement.to(fixed.device))

@@ -1,0 +1,54 @@
+"""."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gridreg.network import Registration
+from gridreg.spatial import Shape
+
+
+class InFull(nn.Module):
+    """A layer in single precision, whatever autocast says: a displacement needs all its digits."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.float())
+
+
+class VoxelMorph(nn.Module):
+    """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
+
+    width, levels      features at each level, and levels
+    integration_steps  squarings of the velocity that it predicts; 0: it predicts the displacement itself, as in the paper,
+                       which reports folds of it
+
+    The defaults are the package's own. Images are zero-padded to the multiple of 2^levels that it needs, and the field
+    is cropped back.
+    """
+
+    def __init__(self, width: int = 16, levels: int = 5, integration_steps: int = 5):
+        super().__init__()
+        from voxelmorph.nn.models import VxmPairwise  # here, not above: importing it takes seconds
+
+        self.multiple = 2**levels
+        self.network = VxmPairwise(
+            ndim=3,
+            source_channels=1,
+            target_channels=1,
+            nb_features=[width] * levels,
+            integration_steps=integration_steps,
+        )
+        self.network.flow_layer = InFull(self.network.flow_layer)
+
+    def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
+        shape = fixed.shape[2:]
+        padding = [side for n in reversed(shape) for side in (0, -n % self.multiple)]
+        flow = self.network(F.pad(moving, padding), F.pad(fixed, padding))
+        return Registration(flow[:, :, : shape[0], : shape[1], : shape[2]].contiguous())

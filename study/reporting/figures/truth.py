@@ -1,0 +1,158 @@
+"""Approximation against estimation error: what a grid can hold of a known truth, and what was reached, in numbers and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+from gridreg.errors import InputError
+from gridreg.explorer.style import OTHERS, colour, styled
+from study.evaluation.statistics import interval
+from study.reporting.figures.grids import SEPARATE, grid_comparison, grid_order
+from study.reporting.figures.style import add_caption, save_figure
+from study.reporting.paper_numbers import PAPER_DATASETS
+from study.reporting.results import REFERENCE, grid_label, in_order
+from study.reporting.tables import dataset_label
+
+ORACLE_COLOUR = OTHERS[1]
+_KEYS = ["dataset", "fixed", "moving", "grid"]
+_GAP = {SEPARATE: ("#BDBDBD", "trained for this grid alone"), REFERENCE: (colour(REFERENCE), "one adaptive model")}
+
+
+def error_parts(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
+    """One row per case of ``cases`` at which the oracle of its grid is known, with columns oracle_mm and gap_mm.
+
+    oracle as from ``oracle_table``, cases as from ``read_cases``. gap_mm = tre_mm - oracle_mm, what the registration has
+    on top of the error of the best field of its grid. By the triangle inequality the mean distance between what was found
+    and that field is at least the gap.
+    """
+    joined = cases.merge(oracle[[*_KEYS, "oracle_mm"]], on=_KEYS, validate="many_to_one")
+    return joined.assign(gap_mm=joined["tre_mm"] - joined["oracle_mm"])
+
+
+def error_table(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
+    """Mean oracle error of every dataset and grid, beside the error that each run reached there and the gap between them.
+
+    Returns columns dataset, grid, run, pairs, oracle_mm, reached_mm, gap_mm; a grid that no run has keeps a row, run "".
+    """
+    reached = error_parts(oracle, cases).rename(columns={"tre_mm": "reached_mm"})
+    without = ~oracle["dataset"].add(oracle["grid"]).isin(reached["dataset"].add(reached["grid"]))
+    rows = pd.concat([reached, oracle[without].assign(run="")])
+    orders = (("dataset", in_order(rows["dataset"], PAPER_DATASETS)), ("grid", grid_order(rows["grid"])))
+    rows = rows.assign(**{name: pd.Categorical(rows[name], order) for name, order in orders})
+    groups = rows.groupby(["dataset", "grid", "run"], observed=True)
+    means = groups[["oracle_mm", "reached_mm", "gap_mm"]].mean()
+    means.insert(0, "pairs", groups.size())
+    return means.reset_index()
+
+
+def oracle_figure(
+    path: Path | str, oracle: pd.DataFrame, cases: pd.DataFrame, indexes: Mapping[str, Mapping], note: str = ""
+) -> Figure:
+    """A column a dataset. Above: oracle error against grid size. Below: the error reached, as oracle error and gap.
+
+    oracle   from ``oracle_table``; it may hold grids that no run has
+    cases    from ``read_cases``; shown are the adaptive run, and the runs trained for one grid
+    indexes  dataset → its ``index.json``
+
+    Means over test pairs, bars the 95 % Student-t interval of the mean. Writes ``<path>.png`` and ``.pdf``.
+    """
+    datasets = in_order(oracle["dataset"], PAPER_DATASETS)
+    if not datasets:
+        raise InputError(f"{path}: no oracle error to show, expected a dataset whose true deformations are known")
+    reached = error_parts(oracle, grid_comparison(cases))
+    simulated = any(bool(indexes[dataset]["simulated"]) for dataset in datasets)
+    with styled():
+        figure, axes = plt.subplots(2, len(datasets), figsize=(2.4 * len(datasets) + 0.6, 4.9), squeeze=False,
+                                    layout="constrained")  # fmt: skip
+        for (above, below), dataset in zip(axes.T, datasets):
+            own, before = (
+                oracle[oracle["dataset"] == dataset],
+                cases["run"].eq("identity") & cases["dataset"].eq(dataset),
+            )
+            grids = grid_order(own["grid"])
+            means, bars = zip(*(_mean(own.loc[own["grid"] == grid, "oracle_mm"]) for grid in grids))
+            sizes = [
+                np.prod([int(n) for n in grid.split("x")]) ** (1 / 3) for grid in grids
+            ]  # geometric mean of the axes
+            above.errorbar(
+                sizes, means, np.transpose(bars), capsize=2, elinewidth=0.9, ms=4, color=ORACLE_COLOUR, marker="^"
+            )
+            above.set_title(
+                dataset_label(dataset, bool(indexes[dataset]["simulated"])).replace(" (", "\n("), loc="left"
+            )
+            above.set(yscale="log", xlabel="control points per axis", ylabel="oracle error (mm),\nlogarithmic")
+            above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            above.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            above.yaxis.set_minor_formatter(NullFormatter())
+            above.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)
+            _parts(below, reached[reached["dataset"] == dataset], cases.loc[before, "tre_mm"].mean())
+        handles = [Patch(fc=ORACLE_COLOUR, label="best field of the grid (oracle): approximation")]
+        handles += [
+            Patch(fc=tint, label=f"gap to what was reached, {words}: estimation") for tint, words in _GAP.values()
+        ]
+        handles.append(Line2D([], [], color=colour("identity"), ls=":", lw=0.9, label="before registration"))
+        figure.legend(handles=handles, loc="outside upper center", ncols=2 if len(datasets) > 1 else 1)
+        origin = "Simulated cohorts, not patients; their true deformations are smooth. " if simulated else ""
+        add_caption(figure, f"{origin}Mean and 95 % interval over test pairs, within the fixed mask. Oracle: control points "
+                            "fitted to the truth by least squares, which no registration can do; no field of the grid comes "
+                            "nearer in the mean square. It need not fall with every added point, for grids are not nested: one of "
+                            "3 has a control point in the middle of the image, where an organ lies, one of 4 has none, so that "
+                            f"the organ may lie within a single cell. {answer(reached)} {note}".strip())  # fmt: skip
+        save_figure(figure, path)
+    return figure
+
+
+def answer(parts: pd.DataFrame) -> str:
+    """How much of the error that the adaptive model reached is its grid's, as a sentence; "" without such a run."""
+    adaptive = parts[parts["run"] == REFERENCE]
+    if adaptive.empty:
+        return ""
+    means = adaptive.groupby(["dataset", "grid"])[["oracle_mm", "tre_mm"]].mean()
+    shares = 100 * means["oracle_mm"] / means["tre_mm"]
+    found = []
+    for dataset in in_order(adaptive["dataset"], PAPER_DATASETS):
+        own = shares[dataset]
+        ends = [(own[grid], grid_label(grid)) for grid in (grid_order(own.index.to_series())[n] for n in (0, -1))]
+        found.append(f"{dataset} " + " to ".join(f"{share:.2g} % at {grid}" for share, grid in ends))
+    most = (
+        "Most of the error that the adaptive model reached is estimation, not its grid. " if shares.max() < 50 else ""
+    )
+    return f"{most}The oracle's share of the error reached: {'; '.join(found)}."
+
+
+def _mean(values: pd.Series) -> tuple[float, tuple[float, float]]:
+    """Mean of what is known, and how far its 95 % interval reaches below and above (0 for a single case)."""
+    known = values.dropna().to_numpy(float)
+    mean = known.mean() if len(known) else np.nan
+    return mean, tuple(np.nan_to_num(np.abs(np.array(interval(known)) - mean))) if len(known) else (0.0, 0.0)
+
+
+def _parts(ax: Axes, rows: pd.DataFrame, before: float) -> None:
+    """The error reached at every grid, one column a kind of training: the oracle's part below, the gap upon it."""
+    grids, width = grid_order(rows["grid"]), 0.36
+    for shift, (kind, (tint, _)) in zip((-0.2, 0.2), _GAP.items()):
+        for position, grid in enumerate(grids):
+            own = rows[(rows["kind"] == kind) & (rows["grid"] == grid)].dropna(subset=["tre_mm"])
+            if own.empty:
+                continue
+            (mean, bars), best = _mean(own["tre_mm"]), own["oracle_mm"].mean()
+            ax.bar(position + shift, best, width, color=ORACLE_COLOUR, zorder=3)
+            ax.bar(position + shift, mean - best, width, bottom=best, color=tint, zorder=2)
+            ax.errorbar(
+                position + shift, mean, np.array(bars)[:, None], color="#444444", capsize=2, elinewidth=0.9, zorder=4
+            )
+    if np.isfinite(before):
+        ax.axhline(before, color=colour("identity"), lw=0.9, ls=":")
+    ax.set_xticks(range(len(grids)), [grid.split("x")[0] if len(set(grid.split("x"))) == 1 else grid for grid in grids])
+    ax.set(xlabel="control points per axis", ylabel="error reached (mm)", ylim=(0, None), xlim=(-0.5, len(grids) - 0.5))
+    ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)

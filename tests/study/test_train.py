@@ -1,0 +1,286 @@
+"""Training: it learns, it resumes after a kill with the same weights, and only its own settings change the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import ndimage
+
+from gridreg.checkpoint import load_model, read_tensors
+from gridreg.errors import InputError
+from gridreg.network import Registration
+from gridreg.scans.volumes import write_field_mm, write_volume
+from study.cohorts.dataset import Preprocessed
+from study.evaluation.evaluate import evaluate, load_run, summary
+from study.training import train as training
+from study.training.devices import launch
+
+ROOT = Path(__file__).parents[2]
+SHAPE, SPACING = (20, 24, 18), 4.0
+RUN = {"method": "gridreg", "grids": [[3, 3, 3], [4, 5, 3]], "base_channels": 8, "num_layers": 4, "bayesian": False,
+       "upsampling": "trilinear", "projector": True}  # fmt: skip
+SETTINGS = {"steps": 12, "epochs": None, "batch": 2, "learning_rate": 2e-3, "beta2": 0.98, "bending": 1.0,
+            "validate_every": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A preprocessed dataset of shifted blobs, with true deformations: a shift of the template for each subject."""
+    folder, rng = tmp_path_factory.mktemp("preprocessed"), np.random.default_rng(0)
+    affine = np.diag([SPACING] * 3 + [1.0])
+    texture = np.zeros((40, 40, 40))
+    texture[14:25, 13:28, 13:22], texture[18:26, 16:22, 15:20] = 0.6, 1.0  # a box with a brighter one to one side
+    texture = ndimage.gaussian_filter(texture, 2.0)
+    coordinates = np.indices(SHAPE).astype(float)
+    subjects, splits = {}, ["train"] * 16 + ["val"] * 2 + ["test"] * 6
+    for number, split in enumerate(splits):
+        name, shift = f"blob_{number:04d}_0000", rng.uniform(-1.5, 1.5, 3)
+        where = coordinates + shift[:, None, None, None] + 9
+        image = ndimage.map_coordinates(texture, where, order=1)
+        labels = (ndimage.map_coordinates(texture, where, order=1) > 0.3).astype(np.int16)
+        for kind in ("images", "labels", "truth"):
+            (folder / kind).mkdir(exist_ok=True)
+        write_volume(folder / "images" / f"{name}.nii.gz", image.astype(np.float32), affine)
+        write_volume(folder / "labels" / f"{name}.nii.gz", labels, affine)
+        field = np.broadcast_to(shift[:, None, None, None] * SPACING, (3, *SHAPE)).astype(np.float32)
+        write_field_mm(folder / "truth" / f"{name}.nii.gz", field, affine)
+        subjects[name] = {"split": split, "patient": name[:9], "label": True, "landmarks": False, "truth": True,
+                          "template": "blob"}  # fmt: skip
+    names = list(subjects)
+    pairs = {"train": [[a, b] for a in names[:16] for b in names[:16] if a != b], "val": [[names[16], names[17]]],
+             "test": [[a, b] for a, b in zip(names[18:], names[19:])]}  # fmt: skip
+    index = {"name": "blobs", "simulated": True, "shape": SHAPE, "spacing_mm": SPACING, "labels": {"1": "blob"},
+             "subjects": subjects, "pairs": pairs, "source": "a test"}  # fmt: skip
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def run_training(folder: Path, out: Path, scratch: Path, run=RUN, settings=SETTINGS, **weights):
+    weights = {"seed": 3, "similarity": "mse", "bending_weight": 100.0, "dice_weight": 0.1} | weights
+    return training.train(Preprocessed(folder), run, settings, out, scratch=scratch, **weights)
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(out / "model.safetensors")[0]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_every_method_is_evaluated_by_one_path(folder, tmp_path):
+    settings = SETTINGS | {"steps": 120, "validate_every": 40, "learning_rate": 1e-2, "batch": 4}
+    result = run_training(folder, tmp_path / "model", tmp_path / "scratch", settings=settings)
+    data = Preprocessed(folder)
+    network, grids, chosen, trained = load_run(RUN, tmp_path / "model")
+    cases = evaluate(data, network, dataset="blobs", run="gridreg", method="gridreg", grids=grids, chosen=chosen)
+    nothing, *_ = load_run({"method": "identity"}, tmp_path)
+    before = evaluate(data, nothing, dataset="blobs", run="identity", method="identity", grids=[None], chosen=None)
+    after = cases[cases["chosen"]]
+    assert len(cases) == 2 * len(before) and before["chosen"].all()
+    assert (after["tre_interior_mm"].notna() & after["tre_boundary_mm"].notna()).all()
+    assert after["tre_mm"].mean() < 0.75 * before["tre_mm"].mean()
+    assert after["dice"].mean() > before["dice"].mean()
+    assert (after["folding_percent"] == 0).all()
+    means = summary(cases, trained, result["parameters"])
+    assert means["tre_mm"] == pytest.approx(after["tre_mm"].mean(), abs=1e-5)
+    assert (before["tre_mm"] > 0).all() and result["grid"] in {"3x3x3", "4x5x3"}
+    history = pd.read_csv(tmp_path / "model" / "history.csv")
+    assert history["val_dice"].notna().sum() == 3 and history["step"].iloc[-1] == 120
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+KILLED = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_train as t
+from gridreg import train as training
+save = training.State.save
+def save_then_hang(self):
+    save(self)
+    print("saved", self.step, flush=True)
+    if self.step == 8:
+        import time; time.sleep(60)
+training.State.save = save_then_hang
+t.run_training(Path({folder!r}), Path({out!r}), Path({scratch!r}))
+"""
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_weights(folder, tmp_path):
+    run_training(folder, tmp_path / "whole", tmp_path / "scratch")
+    script = KILLED.format(tests=str(ROOT / "tests"), folder=str(folder), out=str(tmp_path / "killed"),
+                           scratch=str(tmp_path / "scratch"))  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if line.split() == ["saved", "8"]:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    began = time.perf_counter()
+    run_training(folder, tmp_path / "killed", tmp_path / "scratch")
+    assert time.perf_counter() - began < 60
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+    histories = [pd.read_csv(tmp_path / name / "history.csv") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*histories)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder, tmp_path):
+    settings = SETTINGS | {"steps": 4}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run_training(folder, tmp_path / name, tmp_path / "scratch", settings=settings, seed=seed)
+    assert same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    assert not same(weights_of(tmp_path / "a"), weights_of(tmp_path / "c"))
+
+
+def test_a_changed_setting_does_not_resume_an_unfinished_training(folder, tmp_path, monkeypatch):
+    def stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    save = training.State.save
+    monkeypatch.setattr(training.State, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(folder, tmp_path / "out", tmp_path / "scratch")
+    monkeypatch.setattr(training.State, "save", save)
+    run_training(folder, tmp_path / "fresh", tmp_path / "elsewhere", bending_weight=7.0)
+    run_training(folder, tmp_path / "out", tmp_path / "scratch", bending_weight=7.0)
+    assert same(weights_of(tmp_path / "fresh"), weights_of(tmp_path / "out"))
+
+
+def test_labels_that_the_dice_loss_needs_and_are_not_there(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    index = json.loads((bare / "index.json").read_text())
+    index["subjects"]["blob_0003_0000"]["label"] = False
+    (bare / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"found no labels of blob_0003_0000 \(1 such .*; 0 trains without"):
+        run_training(bare, tmp_path / "out", tmp_path / "scratch", dice_weight=0.5)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "scratch").exists()
+    run_training(bare, tmp_path / "out", tmp_path / "scratch", dice_weight=0.0, settings=SETTINGS | {"steps": 1})
+
+
+def test_a_loss_that_is_lost_ends_the_training_with_a_sentence(folder, tmp_path):
+    settings = SETTINGS | {"learning_rate": 1e30}
+    with pytest.raises(InputError, match="the loss is nan, expected a finite number; a lower learning_rate may help"):
+        run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("variable", "value", "expected"), [
+    ("GRIDREG_ACCELERATOR", "gpu", "expected cpu or cuda"), ("GRIDREG_DEVICES", "two", "expected a whole number"),
+    ("GRIDREG_NODES", "0", "expected a whole number of at least 1")])  # fmt: skip
+def test_an_environment_variable_that_makes_no_sense(monkeypatch, variable, value, expected):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"{variable} is '{value}', {expected}"):
+        launch()
+
+
+def test_voxelmorph_takes_the_same_path(folder, tmp_path):
+    run = {"method": "voxelmorph", "width": 4, "levels": 3}
+    result = run_training(folder, tmp_path / "vxm", tmp_path / "scratch", run=run, settings=SETTINGS | {"steps": 2})
+    network, config = load_model(tmp_path / "vxm")
+    assert config["grid"] is None and result["grid"] == ""
+
+
+def test_epochs_count_passes_over_the_pairs_or_over_the_subjects():
+    settings = SETTINGS | {"steps": None, "epochs": 300, "batch": 4}
+    assert training.total_steps(settings, pairs=156, subjects=162) == 300 * 39
+    assert training.total_steps(settings, pairs=3000 * 2999, subjects=3000) == 300 * 750
+    assert training.total_steps(settings, pairs=3000 * 2999, subjects=3000, devices=4) == 300 * 188
+    assert training.total_steps(SETTINGS, pairs=3, subjects=2, devices=4) == SETTINGS["steps"]
+
+
+def test_a_notebook_cannot_train_on_several_devices(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRIDREG_DEVICES", "2")
+    monkeypatch.setattr(sys, "ps1", "In", raising=False)
+    with pytest.raises(InputError, match="GRIDREG_DEVICES is 2 in a notebook, expected 1 there; train with torchrun"):
+        run_training(folder, tmp_path / "out", tmp_path / "scratch")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [training.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] < rates[9] and max(rates) <= 1.0 and np.argmax(rates) in range(8, 12) and rates[-1] < 0.01
+
+
+def test_a_bayesian_run_takes_the_same_path_and_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
+    """Its Monte-Carlo samples too are drawn from (seed, step) alone."""
+    run = RUN | {"bayesian": True, "samples": 2}
+    run_training(folder, tmp_path / "whole", tmp_path / "scratch", run=run)
+    steps = iter(range(8))
+    real = training.loss_terms
+
+    def killed(*arguments, **settings):
+        next(steps)  # the ninth step ends in StopIteration
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(training, "loss_terms", killed)
+    with pytest.raises(StopIteration):
+        run_training(folder, tmp_path / "resumed", tmp_path / "scratch", run=run)
+    monkeypatch.setattr(training, "loss_terms", real)
+    run_training(folder, tmp_path / "resumed", tmp_path / "scratch", run=run)
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "resumed"))
+    network, config = load_model(tmp_path / "resumed")
+    data, grid = Preprocessed(folder), tuple(config["grid"])
+    names = {"dataset": "blobs", "run": "bayesian", "method": "gridreg"}
+    evaluate(data, network, **names, grids=[grid], chosen=grid, pictures=tmp_path / "pictures", pictured_cases=1)
+    fixed, moving = data.pairs("test")[0]
+    images = [torch.from_numpy(data.image(subject))[None, None] for subject in (fixed, moving)]
+    with torch.no_grad():
+        sigma = network(*images, grid).sigma
+    assert (sigma > 0).all() and torch.isfinite(sigma).all()
+    written = nibabel.load(tmp_path / "pictures" / f"{fixed}__{moving}_sigma.nii.gz").get_fdata()  # one map, in mm
+    corner = SPACING * sigma[0, :, 0, 0, 0].norm()  # corners of the grid and of the image coincide
+    assert written.shape == SHAPE and written[0, 0, 0] == pytest.approx(float(corner), rel=1e-4)
+
+
+def test_the_grid_is_chosen_on_validation_from_any_sizes(folder):
+    """Of control points that read a known field, the grid that can hold it scores best; of equals the first is taken."""
+    data = Preprocessed(folder)
+    fixed, moving = data.pairs("val")[0]
+    field = torch.from_numpy(data.truth(fixed, moving)[0])[None]
+
+    class Known(torch.nn.Module):
+        def forward(self, fixed, moving, grid):
+            return Registration(field * (grid == (6, 2, 5)))
+
+    grids = [(3, 3, 3), (6, 2, 5), (4, 5, 3)]
+    chosen, scores = training.choose_grid(Known(), data, grids, torch.device("cpu"))
+    assert chosen == (6, 2, 5) and set(scores) == {"3x3x3", "6x2x5", "4x5x3"} and scores["6x2x5"] > scores["3x3x3"]
+    assert training.choose_grid(Known(), data, grids[::2], torch.device("cpu"))[0] == (3, 3, 3)
+
+
+def test_a_training_without_an_out_waits_and_is_adopted_without_training(folder, tmp_path, monkeypatch):
+    run_training(folder, tmp_path / "direct", tmp_path / "elsewhere")
+    run_training(folder, None, tmp_path / "scratch")
+    (kept,) = (tmp_path / "scratch").iterdir()
+    assert [path.name for path in kept.iterdir()] == ["finished"]
+    monkeypatch.setattr(training, "optimise", None)
+    result = run_training(folder, tmp_path / "adopted", tmp_path / "scratch")
+    assert result["steps"] == SETTINGS["steps"] and not any((tmp_path / "scratch").iterdir())
+    assert same(weights_of(tmp_path / "direct"), weights_of(tmp_path / "adopted"))
+
+
+def test_changed_images_are_another_training(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "preprocessed")
+    run_training(copy, None, tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
+    file = next((copy / "images").glob("*.nii.gz"))
+    image = nibabel.load(file)
+    write_volume(file, 0.5 * image.get_fdata(dtype=np.float32), image.affine)
+    run_training(copy, None, tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
+    assert len(list((tmp_path / "scratch").iterdir())) == 2

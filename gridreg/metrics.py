@@ -57,6 +57,19 @@ def landmark_distance_mm(fixed: np.ndarray, moving: np.ndarray, displacement: np
     return float(np.linalg.norm(moved - moving, axis=1).mean() * spacing_mm)
 
 
+def image_similarity(fixed: np.ndarray, warped: np.ndarray, where: np.ndarray) -> dict[str, float]:
+    """{"mse", "ncc"}: mean squared difference and correlation of intensities over the voxels ``where`` (W, H, D).
+
+    Both compare images, not anatomy: they are no measure of accuracy. ncc is NaN where an image is constant.
+    """
+    a, b = (image[where].astype(np.float64) for image in (fixed, warped))
+    if not a.size:
+        return {"mse": float("nan"), "ncc": float("nan")}
+    spread = a.std() * b.std()
+    ncc = float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 0 else float("nan")
+    return {"mse": float(np.square(a - b).mean()), "ncc": ncc}
+
+
 def tre_mm(displacement: np.ndarray, truth: np.ndarray, where: np.ndarray, spacing_mm: float) -> float:
     """Mean true TRE in mm: |u(x) - u_true(x)| over the voxels ``where`` (W, H, D); NaN if there are none."""
     error = np.sqrt(np.square(displacement - truth).sum(0))[where]
@@ -145,6 +158,12 @@ def region_masks(
     return {"interior": organ & deep, "boundary": organ & ~deep}
 
 
+def warp_image(image: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """Moving image (W, H, D) on the fixed grid, trilinear."""
+    field = torch.from_numpy(np.ascontiguousarray(displacement))[None].float()
+    return warp(torch.from_numpy(np.ascontiguousarray(image))[None, None].float(), field)[0, 0].numpy()
+
+
 def measure_pair(pair: Pair, displacement: np.ndarray) -> dict[str, float]:
     """Every metric of one registered pair, by name; NaN where the pair does not know what a metric needs.
 
@@ -174,6 +193,7 @@ def measure_pair(pair: Pair, displacement: np.ndarray) -> dict[str, float]:
         if fixed_labels is not None and len(pair.label_names) == 1:
             for part, where in region_masks(fixed_labels, spacing).items():
                 row[f"tre_{part}_mm"] = tre_mm(displacement, truth, where & known, spacing)
+    row |= image_similarity(pair.fixed, warp_image(pair.moving, displacement), region)
     determinant = jacobian_determinant(displacement)
     row["logdet_mean"], row["logdet_std"] = log_jacobian(determinant, region)
     row["folding_percent"] = folding_percent(determinant, np.ones_like(region))

@@ -176,3 +176,28 @@ def test_smooth_small_displacements_are_diffeomorphic():
     mean, deviation = metrics.log_jacobian(determinant, INTERIOR)
     assert deviation == pytest.approx(np.log(determinant[INTERIOR]).std()) and mean < deviation
     assert metrics.folding_percent(determinant, EVERYWHERE) == metrics.nondiffeomorphic_percent(field, EVERYWHERE) == 0
+
+
+def test_image_similarity_is_numpys_correlation_and_mean_square():
+    rng = np.random.default_rng(0)
+    fixed, other = rng.random((2, *SHAPE))
+    found = metrics.image_similarity(fixed, other, INTERIOR)
+    assert found["ncc"] == pytest.approx(np.corrcoef(fixed[INTERIOR], other[INTERIOR])[0, 1])
+    assert found["mse"] == pytest.approx(np.mean((fixed[INTERIOR] - other[INTERIOR]) ** 2))
+    same = metrics.image_similarity(fixed, 2 * fixed + 1, EVERYWHERE)
+    assert same["ncc"] == pytest.approx(1) and same["mse"] > 0
+    assert math.isnan(metrics.image_similarity(fixed, np.ones(SHAPE), EVERYWHERE)["ncc"])
+    assert all(math.isnan(value) for value in metrics.image_similarity(fixed, other, ~EVERYWHERE).values())
+
+
+def test_a_pair_without_labels_is_measured_by_its_images_before_and_after():
+    from pathlib import Path
+
+    from gridreg.scans.pair import Pair
+
+    fixed = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    moving = np.roll(fixed, 1, axis=0)
+    pair = Pair("p", fixed, moving, np.eye(4), 1.0, (Path("f"), Path("m")), (np.eye(4), np.eye(4)))
+    before, after = (metrics.measure_pair(pair, field) for field in (along(0, np.zeros(8)), along(0, np.ones(8))))
+    assert math.isnan(before["dice"]) and math.isnan(before["tre_mm"])
+    assert before["ncc"] < 0.3 < 0.8 < after["ncc"] and after["mse"] < before["mse"]

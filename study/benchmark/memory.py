@@ -1,7 +1,7 @@
-"""Peak memory of a piece of work in this process: how far its resident set grows, in MB of 2^20 bytes.
+"""Memory in MB of 2^20 bytes: the peak of a piece of work in this process, and how much can still be had.
 
-Linux keeps the peak itself and forgets it on request. Where it does not, a thread reads the resident set every
-millisecond, which can miss a peak shorter than that.
+The peak is how far the resident set grows. Linux keeps it and forgets it on request. On other systems a thread reads the
+resident set every millisecond, which can miss a shorter peak.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def control_groups() -> Iterator[Path]:
 
 
 def available_mb() -> float:
-    """Memory that can still be had: the machine's, or less where a container or the job of a cluster has a limit of its own."""
+    """Memory that can still be had, in MB: the machine's, or less where a container or the job of a cluster has a limit."""
     free = psutil.virtual_memory().available
     for group in control_groups():
         for limit, use, cached in LIMITS:

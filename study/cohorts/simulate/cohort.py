@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -27,9 +25,10 @@ from tqdm import tqdm
 from gridreg.errors import InputError, exit_status
 from study.cohorts.simulate.deformation import STEP_MM, Deformation
 from study.cohorts.simulate.subjects import PROFILES, Case, Plan, cases, few, make, pairs
+from study.locks import whole_folder
 
-GENERATOR = "study.cohorts.simulate.cohort"
-SIMULATED = "SIMULATED, not a patient; made by study.cohorts.simulate.cohort"  # NIfTI descrip, at most 79 characters
+GENERATOR = "gridreg.cohort"  # as the delivered cohorts say: another name would be other bytes
+SIMULATED = f"SIMULATED, not a patient; made by {GENERATOR}"  # NIfTI descrip, at most 79 characters
 DESCRIPTIONS = {
     "prostate": "SIMULATED. Longitudinal T2-weighted MR of the prostate, two to four visits of each patient; "
     "parametric phantom, every patient their own anatomy.",
@@ -47,12 +46,10 @@ def write_cohort(plan: Plan, out: Path | str, workers: int = 1, progress: bool =
     """
     folder = Path(out) / plan.dataset
     _check_ours(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        todo = cases(plan)
-        patients = [list(visits) for _, visits in groupby(todo, key=lambda case: case.patient)]
-        names: dict[int, str] = {}
+    todo = cases(plan)
+    patients = [list(scans) for _, scans in groupby(todo, key=lambda case: case.patient)]
+    names: dict[int, str] = {}
+    with whole_folder(folder) as temporary:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
         with pool as executor:
             done = (executor.map if executor else map)(partial(write_patient, plan, temporary), patients)
@@ -60,16 +57,12 @@ def write_cohort(plan: Plan, out: Path | str, workers: int = 1, progress: bool =
             for names in bar:
                 pass
         (temporary / "dataset.json").write_text(json.dumps(_dataset(plan, todo, names), indent=1) + "\n", "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def write_patient(plan: Plan, folder: Path, visits: list[Case]) -> dict[int, str]:
+def write_patient(plan: Plan, folder: Path, scans: list[Case]) -> dict[int, str]:
     """Simulate the scans of one patient, one after the other: they share a template, which is kept in memory."""
-    return [write_case(plan, folder, case) for case in visits][0]
+    return [write_case(plan, folder, case) for case in scans][0]
 
 
 def write_case(plan: Plan, folder: Path, case: Case) -> dict[int, str]:
@@ -165,7 +158,7 @@ def _check_ours(folder: Path) -> None:
         ours = False
     if not ours:
         raise InputError(
-            f"{folder}: found files that {GENERATOR} did not write, expected an empty folder, none, or an "
+            f"{folder}: found files that the simulation did not write, expected an empty folder, none, or an "
             "earlier simulated cohort."
         )
 

@@ -130,9 +130,9 @@ def cases(plan: Plan) -> list[Case]:
     out, patient = [], 0
     for split, count in zip(SPLITS, plan.counts):
         many = [v for v, n in plan.visits[split].items() for _ in range(n)] if plan.visits else [1] * count
-        for visits in many:
+        for scans in many:
             patient += 1
-            numbers = range(1, visits + 1) if plan.visits else [0]
+            numbers = range(1, scans + 1) if plan.visits else [0]
             out += [Case(f"{plan.dataset}_{patient:04d}_{v:04d}", split, patient, v) for v in numbers]
     return out
 
@@ -147,7 +147,7 @@ def pairs(plan: Plan, todo: list[Case], split: str) -> list[tuple[str, str]]:
     if plan.dataset == "prostate":
         patients = [[c for c in mine if c.patient == p] for p in sorted({c.patient for c in mine})]
         both = plan.both_ways or split == "train"
-        return [(a.id, b.id) for visits in patients for a, b in permutations(visits, 2) if both or a.visit < b.visit]
+        return [(a.id, b.id) for scans in patients for a, b in permutations(scans, 2) if both or a.visit < b.visit]
     if split == "train":
         return []
     if plan.dataset == "brain":

@@ -1,4 +1,4 @@
-"""What one call costs: seconds, memory and multiply-adds, on a CPU or a GPU."""
+"""Seconds, memory and multiply-adds of one call, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from study.benchmark.memory import MB, growth
 
 PARTS = ["encoder_s", "decoder_s", "upsampling_s", "warp_s"]
 REPEAT_SECONDS, REPEATS = 1.0, (3, 20)  # repeats fill the seconds, within these bounds
-WATCHED = 5  # calls whose memory is watched: where blocks come to lie, and so the peak, differs from call to call
+WATCHED = 5  # calls whose memory is watched: the place of blocks, and with it the peak, differs from call to call
 
 # PyTorch counts the attention of GPUs, but not that of CPUs.
 ATTENTION = {
@@ -32,7 +32,7 @@ ATTENTION = {
 
 @dataclass
 class Cost:
-    """Of one call: median and least seconds, extra MB at its peak, and all MB at its peak on a GPU (else NaN)."""
+    """Median and least seconds of one call, extra MB at its peak, and all MB at its peak on a GPU (else NaN)."""
 
     seconds: float
     seconds_min: float
@@ -113,7 +113,7 @@ def parts(
         warp(images[1], registered.displacement)
         mark()
         rows.append(np.diff(moments))
-        del registered  # else the next one would need new memory
+        del registered  # otherwise the next call would need new memory
     for hook in hooks:
         hook.remove()
     return dict(zip(PARTS, np.median(rows, axis=0).tolist()))

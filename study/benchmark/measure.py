@@ -1,10 +1,10 @@
-"""What registration costs: seconds, memory, parameters and multiply-adds of every method, measured in one process.
+"""Seconds, memory, parameters and multiply-adds of every method, measured in one process.
 
 All methods get the same images, threads and allocator settings. A row that cannot be measured says why.
     register    network and warp, images on the device, batch 1
-    variant     the same for a run that is not its method's default network, in its published size, at one image size
-    train       one step as in ``train``: images to the device, forward, MSE and bending losses, backward, Adam
-    bending     the bending energy and its gradient alone, of the dense field and from its control points
+    variant     the same for a run whose network is not the default of its method, in its published size, at one image size
+    train       one step as in ``training.train``: images to the device, forward, MSE and bending losses, backward, Adam
+    bending     the bending energy and its gradient alone, from the dense field and from its control points
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from study.training.objective import loss_terms
 COLUMNS = ["run", "method", "grid", "shape", "task", "batch", "seconds", "seconds_min", "repeats", *PARTS, "memory_mb",
            "peak_mb", "parameters", "multiply_adds", "device", "threads", "note"]  # fmt: skip
 GRIDS = [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15)]
-RUNS = {"syn": "ants-syn"}  # methods that the tables know by another name
-OUTSIDE = {"ants-syn": "in a process of its own, on one thread; its memory is not measured"}
+RUNS = {"syn": "ants-syn"}  # methods that have another name in the tables
+OUTSIDE = {"ants-syn": "in a separate process, on one thread; its memory is not measured"}
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
            "bending-grid": losses.grid_bending_energy}  # fmt: skip
-SMALL = (32, 32, 32)  # the pair that starts a method up, and the smallest that all of them take
-PATIENCE = 5.0  # times ``limit_seconds`` for what works in a process of its own: it is called once, not twice and more
+SMALL = (32, 32, 32)  # the smallest image that all methods take; the first call of each
+PATIENCE = 5.0  # times ``limit_seconds`` for a method in a separate process, which is called only once
 SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is measured once
 SPARE = 0.8  # share of the available memory that a row may be expected to need
 
@@ -80,7 +80,7 @@ def untrained_settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
 
 def image_pair(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """fixed, moving (W, H, D) in [0, 1]: smooth noise, and the same some voxels away, so that SyN has work to do."""
+    """fixed, moving (W, H, D) in [0, 1]: smooth noise, and the same deformed by some voxels, so that SyN iterates."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand((1, 1, *(max(n // 6, 2) for n in shape)), generator=generator)
     fixed = upsample(coarse, shape)
@@ -129,7 +129,7 @@ def training_step(
 
 
 def floor_row(shape: Shape, speed: float) -> dict[str, Any]:
-    """The least that any registration does: read both images, write the warped one, and hold it."""
+    """The least cost of any registration: read both images, write the warped one, and hold it."""
     size = 4 * math.prod(shape)
     note = f"at a memory bandwidth of {speed / 1e9:.1f} GB/s"
     values = {"seconds": 3 * size / speed, "memory_mb": size / MB, "note": note}
@@ -148,7 +148,7 @@ def bending_row(form: str, grid: Shape, shape: Shape, where: torch.device) -> di
 
 
 def refusal(pace: tuple[float, float], job: Job, limit_seconds: float, where: torch.device) -> str:
-    """Why a row is not measured, from the seconds and MB a voxel of the same work before; "" if nothing speaks against."""
+    """Why a row is not measured, from the seconds and MB per voxel of the same work before; "" if it can be."""
     seconds, mb = (value * job.voxels for value in pace)
     if seconds > limit_seconds:
         return f"left out: about {seconds:.0f} s expected, the limit is {limit_seconds:g} s"
@@ -169,7 +169,7 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
     method = run["method"]
     try:
         network = build(published(run)).to(where)
-    except Exception as error:  # whatever keeps a peer from being built is the answer
+    except Exception as error:  # the reason why a peer cannot be built is its note
         yield from (job.row(note=reason(error)) for job in jobs)
         return
     size, outside = parameter_count(network), OUTSIDE.get(RUNS.get(method, method))
@@ -198,7 +198,7 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                 if why:
                     yield row | {"note": why}
                     continue
-                if outside:  # started by the small pair, and nothing of it can be watched from here
+                if outside:  # its memory cannot be watched from this process
                     seconds = timed(call(job), where)
                     pace = seconds / job.voxels, 0.0
                     iterations = ", ".join(map(str, published(run)["iterations"]))
@@ -231,14 +231,14 @@ def measure(
 ) -> pd.DataFrame:
     """One row per method, grid, shape, task and batch, with ``COLUMNS``; before them the floor of every shape.
 
-    methods        names as in ``methods.build``, in their published size
+    methods        names as in ``methods.table.build``, in their published size
     batches        pairs in a training step; none: training is not measured
     grids          control points, for GridReg
-    limit_seconds  a call that is expected to take longer is left out (of SyN: ``PATIENCE`` times as long)
+    limit_seconds  a call that is expected to take longer is left out (for SyN: ``PATIENCE`` times as long)
     variants       runs by name, each measured in its published size at the middle one of ``shapes`` (of two the smaller)
-    settings       runs by method, to measure in the place of its defaults (``untrained_settings``)
+    settings       runs by method, measured instead of its defaults (``untrained_settings``)
 
-    memory_mb is what is needed beyond weights and images: on a CPU the growth of the process, on a GPU that of the
+    memory_mb is the memory beyond weights and images: on a CPU the growth of the process, on a GPU that of the
     allocated memory. For training it includes the gradients and Adam's state.
     """
     where, speed = device(), bandwidth(device())

@@ -1,7 +1,7 @@
-"""What a run costs in its published size, which every cost in the tables is of, whatever a profile makes smaller.
+"""Costs in the published size: those of every method in the tables, even where a profile makes its network smaller.
 
-A small profile trains some peers with fewer features, so that they learn anything in its budget. Their parameters, memory
-and seconds would then be no news; those in the tables come from ``figures/benchmark.csv`` (``make benchmark``).
+A small profile trains some peers with fewer features, so that they learn within its budget. The cost of such a network
+says nothing about the method, so the tables take theirs from ``figures/benchmark.csv`` (``make benchmark``).
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from study.config.schema import METHODS, REQUIRED, UNTRAINED
+from study.config.schema import METHODS, UNTRAINED, defaults
 from study.reporting.results import run_label
 
-# What a profile may make smaller; the published values are the defaults of the schema.
+# Settings that a profile may make smaller; the published values are the defaults of the schema.
 SIZES = {"voxelmorph": ("width", "levels"), "transmorph": ("embed", "convolutions"),
          "keymorph": ("keypoints", "width", "poolings")}  # fmt: skip
-FREE = ("grids", "samples", "drop_path", "tps_lambda")  # of training, or without influence on what a registration costs
+FREE = (
+    "grids",
+    "samples",
+    "drop_path",
+    "tps_lambda",
+)  # settings of training, or without influence on the cost of a registration
 WORDS = {"width": "width", "levels": "levels", "embed": "embedding", "convolutions": "convolutions a level",
          "keypoints": "keypoints", "poolings": "poolings"}  # fmt: skip
 
 
 def published(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The network of a run in its published size: method and settings, as ``methods.build`` takes them."""
+    """The network of a run in its published size: method and settings, as ``methods.table.build`` takes them."""
     method = run["method"]
-    rules = {name: rule for name, rule in METHODS.get(method, {}).items() if rule.default is not REQUIRED}
+    full = defaults(method) if method in METHODS else {}
     fixed = (*SIZES.get(method, ()), *FREE)
-    return {"method": method} | {n: r.default if n in fixed else run.get(n, r.default) for n, r in rules.items()}
+    return {"method": method} | {n: value if n in fixed else run.get(n, value) for n, value in full.items()}
 
 
 def cost_grid(run: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -40,7 +45,7 @@ def cost_grid(run: Mapping[str, Any]) -> tuple[int, int, int] | None:
 
 
 def variants(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The runs to measure beside every method's default network, one for each network and grid, by name."""
+    """The runs to measure besides every method's default network, one for each network and grid, by name."""
     found: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         if (
@@ -58,17 +63,17 @@ def same_cost(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def is_default(run: Mapping[str, Any]) -> bool:
-    """Whether the network is its method's default one, which the benchmark measures under the method's name."""
+    """Whether the network is the default of its method, which the benchmark measures under the method's name."""
     return published(run) == published({"method": run["method"]})
 
 
 def read_benchmark(path: Path | str) -> pd.DataFrame:
-    """``benchmark.csv`` as ``benchmark.measure`` returned it: no grid and no note are ""."""
+    """``benchmark.csv`` as ``measure.measure`` returned it: no grid and no note are ""."""
     return pd.read_csv(path).fillna({"grid": "", "note": ""})
 
 
 class Costs(NamedTuple):
-    """What each run costs: ``rows`` by run, with parameters, memory_mb and seconds (NaN: not measured).
+    """The cost of each run: ``rows`` by run, with parameters, memory_mb and seconds (NaN: not measured).
 
     memory_mb  on a CPU the growth of the process beyond weights and images, on a GPU all that was allocated
     """
@@ -77,7 +82,7 @@ class Costs(NamedTuple):
     shape: str  # of the images, "128x128x102"
     device: str
     threads: int
-    notes: Mapping[str, str] = MappingProxyType({})  # run → what the benchmark says of its row
+    notes: Mapping[str, str] = MappingProxyType({})  # run → the note of its row in the benchmark
 
     def in_words(self) -> str:
         where = f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}"
@@ -119,7 +124,7 @@ def reductions(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A phrase for every method that is smaller than published: ``VoxelMorph: width 8, levels 4 (published 16, 5)``."""
     said = []
     for run in runs.values():
-        full = {name: METHODS[run["method"]][name].default for name in SIZES.get(run["method"], ())}
+        full = {name: defaults(run["method"])[name] for name in SIZES.get(run["method"], ())}
         own = {name: run.get(name, value) for name, value in full.items()}
         less = [name for name in full if own[name] != full[name]]
         if less:

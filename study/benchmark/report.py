@@ -1,4 +1,4 @@
-"""The benchmark as a table and as a figure: cost against grid size and against image size, the floor beside it."""
+"""The benchmark as a table and as a figure: cost against grid size and against image size, with the floor of any method."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from gridreg.explorer.style import NEUTRAL, colour, styled
-from study.reporting.figures.style import add_caption, save_figure
+from study.reporting.figures.style import PAGE, letter_panels, save_figure
 from study.reporting.results import grid_label, in_order, run_label
 
 FLOOR = "floor"
 REFERENCE = "gridreg-10"  # what the others are divided by; the first GridReg where there is none
-LABELS = {FLOOR: "Floor (read both images, write one)"}
-VARIANTS = {
+LABELS = {FLOOR: "Floor (read two images, write one)"}
+VARIANTS = {  # main runs that differ from the default network of their method
     "voxelmorph": "VoxelMorph, not integrated",
     "gridreg-bayesian": "GridReg-10, Bayesian",
-}  # main runs that are no default
+}
 MARKERS = {"voxelmorph": "s", "transmorph": "^", "keymorph": "D", "ants-syn": "v"}
 PARTS = {"encoder_s": "encoder", "decoder_s": "decoder", "upsampling_s": "upsampling", "warp_s": "warp"}
 
@@ -50,7 +50,7 @@ def voxels(size: str) -> int:
 
 
 def of_methods(frame: pd.DataFrame) -> pd.DataFrame:
-    """Registration and training of every method; variants of them are for the tables of the ablations."""
+    """The rows of registration and training of every method, without the variants of the ablations."""
     return frame[frame["task"].isin(["register", "train"])]
 
 
@@ -76,17 +76,17 @@ def on_gpu(frame: pd.DataFrame) -> bool:
 
 
 def setting(frame: pd.DataFrame) -> str:
-    """Where it was measured, in words."""
+    """Device, threads and precision, in words."""
     device, threads = frame["device"].iloc[0], int(frame["threads"].iloc[0])
     return f"{device}, {threads} thread{'s' if threads > 1 else ''}, float32"
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
-    """One pipe table per image size, then what the columns mean and why a cell is empty."""
+    """One pipe table per image size, then notes on what the columns mean and why a cell is empty."""
     main = frame[(frame["task"] == "variant") & frame["run"].isin(list(VARIANTS))]
     frame, bending = of_methods(frame), frame[frame["task"] == "bending"]
     batches = sorted(set(frame.loc[frame["task"] == "train", "batch"]))
-    heads = ["", "ms a case", "against GridReg", *PARTS.values(), "memory (MB)"]
+    heads = ["", "ms per case", "ratio to GridReg", *PARTS.values(), "memory (MB)"]
     heads += [*(["all memory (MB)"] if on_gpu(frame) else []), "parameters", "multiply-adds (10⁹)"]
     heads += [head for batch in batches for head in (f"training step, batch {batch} (ms)", "memory (MB)")]
     runs = runs_in_order(frame)
@@ -120,11 +120,11 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 
 def bending_table(rows: pd.DataFrame) -> list[str]:
-    """What the bending energy and its gradient cost in either form; nothing where it was not measured."""
+    """Cost of the bending energy and its gradient in both forms; empty where it was not measured."""
     if rows.empty:
         return []
-    text = [f"The bending energy of {grid_label(rows['grid'].iloc[0])} control points and its gradient: second derivatives of "
-            "the dense field, or the same number as a quadratic form of the control points", "",
+    text = [f"Bending energy of {grid_label(rows['grid'].iloc[0])} control points and its gradient, from second derivatives of "
+            "the dense field, and as a quadratic form of the control points, which gives the same number", "",
             "| voxels | dense (ms) | memory (MB) | control points (ms) | memory (MB) |", "|---" * 5 + "|"]  # fmt: skip
     for shape, pair in rows.groupby("shape", sort=False):
         cells = [significant(value, factor) for row in pair.sort_values("run").itertuples()
@@ -135,27 +135,30 @@ def bending_table(rows: pd.DataFrame) -> list[str]:
 
 def definitions(frame: pd.DataFrame, reference: str) -> list[str]:
     """What the columns mean."""
-    memory = "by how much the process grew, after a warm-up and with freed memory given back,"
-    memory = "what was allocated on the GPU" if on_gpu(frame) else memory
+    memory = (
+        "the memory that was allocated on the GPU"
+        if on_gpu(frame)
+        else ("the growth of the process, after a warm-up and with freed memory given back to the system,")
+    )
     notes = [
-        "Time: network and warp, images on the device, median of several calls after a warm-up; of a slow one, "
-        f"the first after the warm-up. Against GridReg: divided by that of {label(reference)}. The parts of GridReg were "
-        "timed in calls of their own.",
-        f"Memory: {memory} at the peak of a call (median of several, of a slow one the first), beyond weights and images. For "
-        "training, gradients and Adam's state are in it.",
-        "Multiply-adds: those of convolutions, matrix products and attention; no norms, activations or interpolation.",
-        "Every method has its published size, and pads the images where it needs to. VoxelMorph is as its package builds it: it "
-        "integrates a velocity. Not integrated, as in Table 1, it was measured at one size.",
-        "Floor: the bytes of both images and of the warped one over the bandwidth that a copy in memory reaches.",
+        "Time: network and warp, with the images on the device. It is the median of several calls after a warm-up; a slow call "
+        f"is measured once. Ratio to GridReg: the time divided by that of {label(reference)}. The parts of GridReg were timed in "
+        "separate calls.",
+        f"Memory: {memory} at the peak of a call, beyond weights and images. It is the median of several calls; a slow call is "
+        "measured once. For training it includes gradients and Adam's state.",
+        "Multiply-adds: those of convolutions, matrix products and attention, without norms, activations and interpolation.",
+        "Every method has its published size and pads the images where it needs to. VoxelMorph integrates a velocity field, as "
+        "its package builds it. Table 1 uses it without integration, which was measured at one size.",
+        "Floor: the bytes of both images and of the warped one, divided by the bandwidth that a copy in memory reaches.",
     ]
     if not on_gpu(frame):
-        notes.append("All methods run with the same settings of the memory allocator, glibc's own; a training by "
-                     "`study.training.train` tells it to keep what a step frees, which saves time and holds memory.")  # fmt: skip
+        notes.append("All methods run with the same settings of the memory allocator, those of glibc. Training by "
+                     "`study.training.train` keeps the memory that a step frees, which saves time.")  # fmt: skip
     return notes
 
 
 def left_out(frame: pd.DataFrame) -> list[str]:
-    """Every note of the benchmark once, after the rows that it belongs to."""
+    """Every note of the benchmark once, each with the rows to which it belongs."""
     lines = []
     for note, rows in frame[frame["note"] != ""].groupby("note", sort=False):
         names = []
@@ -171,22 +174,26 @@ def left_out(frame: pd.DataFrame) -> list[str]:
 
 
 def cost_figure(path: Path | str, frame: pd.DataFrame) -> Figure:
-    """Cost against grid size at the largest image (left) and against image size (right), log axes; writes PNG and PDF.
+    """Cost against grid size at one image size (left) and against image size (right), on logarithmic axes.
 
-    Rows: time and memory of a registration, then of a training step at the smallest batch that was measured.
+    The image size on the left is the largest of those at which most methods were measured. Writes ``<path>.png``, ``.pdf``
+    and ``.txt``. Rows: time and memory of a registration, then of a training step at the smallest batch that was measured.
     """
     frame = of_methods(frame)
     batches = sorted(set(frame.loc[(frame["task"] == "train") & frame["seconds"].notna(), "batch"]))
-    panels = [("register", 1, "seconds", "time per case (s)"), ("register", 1, "memory_mb", "peak extra memory (MB)")]
+    panels = [
+        ("register", 1, "seconds", "time per case (s)"),
+        ("register", 1, "memory_mb", "extra memory\nat the peak (MB)"),
+    ]
     if batches:
         panels += [("train", batches[0], "seconds", f"training step,\nbatch {batches[0]} (s)"),
-                   ("train", batches[0], "memory_mb", "its peak extra\nmemory (MB)")]  # fmt: skip
+                   ("train", batches[0], "memory_mb", "its extra memory\nat the peak (MB)")]  # fmt: skip
     runs, shapes = runs_in_order(frame), shapes_in_order(frame)
     measured = frame[frame["seconds"].notna() & (frame["task"] == "register")]
     shown = max(shapes, key=lambda shape: (measured.loc[measured["shape"] == shape, "run"].nunique(), voxels(shape)))
     with styled():
         figure, axes = plt.subplots(
-            len(panels), 2, figsize=(7.2, 1.75 * len(panels) + 1.3), squeeze=False, sharex="col", sharey="row",
+            len(panels), 2, figsize=(PAGE, 1.75 * len(panels) + 0.9), squeeze=False, sharex="col", sharey="row",
             layout="constrained",
         )  # fmt: skip
         for pair, (task, batch, column, title) in zip(axes, panels):
@@ -203,23 +210,25 @@ def cost_figure(path: Path | str, frame: pd.DataFrame) -> Figure:
         handles = {h.get_label(): h for ax in axes[:, 1] for h in ax.get_lines()}
         names = [label(run) for run in runs if label(run) in handles]
         figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=4)
-        missing = [label(run) for run in runs if frame.loc[frame["run"] == run, "seconds"].isna().all()]
-        gaps = f" Not measured: {', '.join(missing)}; the table says why." if missing else ""
-        add_caption(figure, f"Device: {setting(frame)}. Left: GridReg against the methods without a grid, which are "
-                            f"horizontal lines.{gaps}")  # fmt: skip
-        save_figure(figure, path)
+        letter_panels(axes.flat)
+    missing = [label(run) for run in runs if frame.loc[frame["run"] == run, "seconds"].isna().all()]
+    save_figure(
+        figure, path, "Cost of a registration and of a training step.", f"Device: {setting(frame)}.",
+        "Left: GridReg at several grid sizes; methods without a grid are horizontal lines. Right: all methods at several image sizes.",
+        f"Not measured: {', '.join(missing)}; benchmark.md gives the reason." if missing else "",
+    )  # fmt: skip
     return figure
 
 
 def _line(run: str, method: str) -> dict:
-    """How a run is drawn in both columns."""
+    """Colour, marker and label of a run, the same in both columns."""
     if method == FLOOR:
         return {"color": NEUTRAL, "ls": "--", "lw": 1.0, "label": label(run)}
     return {"color": colour(run), "marker": "o" if method == "gridreg" else MARKERS.get(run, "P"), "label": label(run)}
 
 
 def _against_grids(ax: Axes, rows: pd.DataFrame, column: str) -> None:
-    """GridReg at every grid; the other methods as lines across."""
+    """GridReg at every grid; the other methods as horizontal lines."""
     grids = rows[rows["method"] == "gridreg"]
     points = grids["grid"].map(voxels).to_numpy()
     order = np.argsort(points, kind="stable")
@@ -235,7 +244,7 @@ def _against_grids(ax: Axes, rows: pd.DataFrame, column: str) -> None:
 
 
 def _against_images(ax: Axes, rows: pd.DataFrame, column: str, runs: list[str], shapes: list[str]) -> None:
-    """One line a run."""
+    """One line per run."""
     for run in runs:
         part = rows[rows["run"] == run].assign(size=lambda f: f["shape"].map(voxels)).sort_values("size")
         if len(part):

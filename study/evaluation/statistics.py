@@ -1,22 +1,21 @@
 """Statistics on per-case results: summaries, paired tests and false discovery rates (paper, end of Section 4).
 
-Values are compared *within* a pair of images, run A against run B on the same fixed and the same moving image, from the
-measured cases themselves.
+Values are compared *within* a pair of images: run A against run B on the same fixed and the same moving image.
 
 Which test, and why
-    Against the baselines, a one-sided paired t-test (``scipy.stats.ttest_rel``) with the alternative "GridReg is better",
-    its direction taken from ``METRICS``; ``test="wilcoxon"`` gives the signed-rank test, which does not assume normal
-    differences. Benjamini–Hochberg (``scipy.stats.false_discovery_control``) turns the p-values of one
-    dataset × metric family, the baselines, into q-values. A q near 1 is not "no difference": GridReg may well be *worse*.
-    The unregistered images are no baseline: their one-sided p stands outside the family. Nor are GridReg's own variants,
-    of which nobody claims that they are worse: ``two_sided``, without correction, as the ablations are compared.
+    Against the baselines: a one-sided paired t-test (``scipy.stats.ttest_rel``) with the alternative "GridReg is better".
+    ``METRICS`` gives its direction. ``test="wilcoxon"`` gives the signed-rank test, which does not assume normal
+    differences. Benjamini–Hochberg (``scipy.stats.false_discovery_control``) turns the p-values of one family into
+    q-values; a family is the baselines of one dataset and metric. A q near 1 does not mean "no difference": GridReg may
+    be *worse*. The unregistered images are no baseline, so their one-sided p stays outside the family. Variants of
+    GridReg are compared two-sided and without correction, as the ablations are: nobody claims that they are worse.
 
 Failures
-    A landmark or mask that vanished leaves an empty (or infinite) distance. Such a case is a failure: it is counted
+    A landmark or mask that vanished leaves an empty (or infinite) distance. Such a case is a failure. It is counted
     beside the mean, and where only one of the two runs failed it enters the test as the largest difference of all. A
-    t-test has no place for that, so the comparison is then made with the signed-rank test; column ``test`` says so.
+    t-test has no place for that, so the signed-rank test is used then; column ``test`` says which was used.
 
-Like the paper, the tests treat pairs as independent; pairs that share a patient are not, which makes the tests too sure.
+Like the paper, the tests treat pairs as independent. Pairs that share a patient are not, so the p-values are too small.
 ``clustered_interval`` is for pairs within patients.
 """
 
@@ -28,12 +27,10 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 import scipy.stats
+from statsmodels.stats.weightstats import DescrStatsW
 
 from gridreg.errors import InputError
 from study.reporting.results import CASE_METRICS, METRICS, PAIR, REFERENCE, chosen_rows, describe, in_order
-
-__all__ = ["METRICS", "REFERENCE", "PairedTest", "benjamini_hochberg", "clustered_interval", "compare", "interval", "matched",
-           "one_sided", "summarise", "two_sided"]  # fmt: skip
 
 Test = Literal["t", "wilcoxon"]
 
@@ -53,9 +50,9 @@ class PairedTest(NamedTuple):
 def summarise(cases: pd.DataFrame, metrics: Iterable[str] = tuple(CASE_METRICS)) -> pd.DataFrame:
     """Mean and standard deviation (n - 1) over cases at the chosen grid.
 
-    Returns columns dataset, metric, run, grid, mean, sd, n, failures. ``n`` counts the values in the mean; ``failures``
-    the cases without a value that another run of the dataset has one for. A metric that no run of a dataset has (pelvis:
-    no landmarks) has no row; a metric with failures allowed keeps its row even where every case failed.
+    Returns columns dataset, metric, run, grid, mean, sd, n, failures. ``n`` counts the values in the mean. ``failures``
+    counts the cases without a value for which another run of the dataset has one. A metric that no run of a dataset has
+    (pelvis: no landmarks) has no row. A metric that can fail keeps its row even where every case failed.
     """
     rows = []
     for dataset, group in chosen_rows(cases).groupby("dataset", sort=False):
@@ -87,14 +84,15 @@ def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float
     good = good[np.isfinite(good)]
     if len(good) < 2:
         return np.nan, np.nan
-    half = scipy.stats.t.ppf(0.5 + confidence / 2, len(good) - 1) * scipy.stats.sem(good)
-    return float(good.mean() - half), float(good.mean() + half)
+    low, high = DescrStatsW(good).tconfint_mean(alpha=1 - confidence)
+    return float(low), float(high)
 
 
 def clustered_interval(values: np.ndarray, clusters: Sequence[str]) -> tuple[float, float, float]:
-    """Mean of the means of the clusters of ``values`` (n,), and its ``interval``: each patient counts once, as one value.
+    """(mean, low, high): the mean over patients of the mean of each patient's ``values`` (n,), and its ``interval``.
 
-    Where every value is a cluster of its own, these are the mean and its usual interval; NaN, not finite, is left out.
+    clusters (n,) names the patient of every value. The result equals weighted least squares with cluster-robust errors
+    where each patient has weight 1. Values that are not finite are left out; without any, all three are NaN.
     """
     frame = pd.DataFrame({"value": np.asarray(values, float), "cluster": list(clusters)})
     means = frame[np.isfinite(frame["value"])].groupby("cluster")["value"].mean().to_numpy()
@@ -178,10 +176,10 @@ def compare(cases: pd.DataFrame, reference: str = REFERENCE, test: Test = "t") -
     """``reference`` at its chosen grid against every other run on every dataset and metric.
 
     Returns columns dataset, metric, run, difference (reference - run), p, q, n, test, sides. Baselines, runs of another
-    method, are tested one-sided and corrected within the family of one dataset × metric; so is, without a q, the
-    identity. Runs of the reference's own method are tested two-sided, without a q (module docstring). Skipped: metrics
-    that were not measured, and what describes the transform alone (folding …) against the identity, which is perfect
-    there by definition.
+    method, are tested one-sided and corrected within the family of one dataset × metric. The identity is tested
+    one-sided too, without a q. Runs of the reference's own method are tested two-sided, without a q (module docstring).
+    Skipped are metrics that were not measured, and metrics of the transform alone (folding …) against the identity,
+    which is perfect there by definition.
     """
     rows = []
     for dataset, group in chosen_rows(cases).groupby("dataset", sort=False):

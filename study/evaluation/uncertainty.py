@@ -53,18 +53,17 @@ def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: 
     where = device()
     network = network.to(where).eval()
     for fixed, moving in tqdm(data.pairs(split), f"uncertainty {split}", unit="pair", mininterval=2, leave=False):
-        registration = register(network, data.image(fixed), data.image(moving), grid, where)[0]
+        pair = data.pair(fixed, moving)
+        registration = register(network, pair, grid, where)[0]
         sigma = {
-            name: propagate(registration.sigma, data.shape, network.upsampling)[0].cpu().numpy() * data.spacing
+            name: propagate(registration.sigma, pair.shape, network.upsampling)[0].cpu().numpy() * pair.spacing_mm
             for name, propagate in PROPAGATIONS.items()
         }
-        truth, labels = data.truth(fixed, moving), data.labels(fixed)
-        region = np.ones(data.shape, bool) if labels is None else labels > 0
-        error = np.full((3, *data.shape), np.nan)
-        if truth is not None:
-            found_mm = (registration.displacement[0].cpu().numpy() - truth[0]) * data.spacing
-            error = np.where(truth[1], found_mm, np.nan)
-        yield Uncertain(fixed, moving, sigma, error, region & np.isfinite(error).all(0))
+        error = np.full((3, *pair.shape), np.nan)
+        if pair.truth is not None:
+            truth, known = pair.truth
+            error = np.where(known, (registration.displacement[0].cpu().numpy() - truth) * pair.spacing_mm, np.nan)
+        yield Uncertain(fixed, moving, sigma, error, pair.region & np.isfinite(error).all(0))
 
 
 def joined(pairs: Iterable[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

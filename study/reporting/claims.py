@@ -1,9 +1,9 @@
 """What the paper claims, and whether it holds here: effect sizes with intervals, computed from per-case results.
 
-Every finding is a difference of two runs on the same pairs, with the 95 % Student-t interval of its mean over patients, so
-that a patient with six pairs counts once. One rule for all: yes, where the whole interval lies where the claim wants it;
-no, where the whole interval lies elsewhere; else it is not shown. *Better* wants it on the better side of 0, *equal* within
-``MARGIN``.
+A finding is a difference of two runs on the same pairs, with the 95 % Student-t interval of its mean over patients; a
+patient with six pairs counts once. One rule judges all findings. Yes: the whole interval lies where the claim wants it. No:
+the whole interval lies elsewhere. Undecided: everything else. *Better* wants the interval on the better side of 0, *equal*
+wants it within ``MARGIN``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pandas as pd
 
 from study.benchmark.published import Costs, reductions
 from study.evaluation.statistics import clustered_interval, matched
-from study.reporting.listings import FULL_DEPTH, GRIDREG, KEYMORPH, configurations, layer_runs, seed_spread
 from study.reporting.paper_numbers import PAPER_DATASETS, facing
+from study.reporting.provenance import Setting, budgets_in_words, sizes_in_words
 from study.reporting.results import METRICS, REFERENCE, chosen_rows, in_order, run_label, with_patients
-from study.reporting.tables import Setting, budgets_in_words, sizes_in_words
+from study.reporting.tables import FULL_DEPTH, GRIDREG, KEYMORPH, configurations, layer_runs, seed_spread
 
 MARGIN = 0.02  # of Dice: the one difference between adaptive and separate models that the paper reports as such
 BAYESIAN = "gridreg-bayesian"
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
     low: float
     high: float
     unit: str
-    holds: bool | None  # None: not shown
+    holds: bool | None  # None: undecided
 
 
 class Claim(NamedTuple):
@@ -46,28 +46,28 @@ class Claim(NamedTuple):
     paper: str  # what the paper says, in our words
     rule: str  # what counts as holding here
     findings: list[Finding]
-    notes: Sequence[str] = ()  # what else a reader of the verdict must know
+    notes: Sequence[str] = ()  # what else a reader of the verdict needs to know
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Findings that hold, that do not, and that are not shown."""
+        """Number of findings that hold, that do not, and that are undecided."""
         answers = [finding.holds for finding in self.findings]
         return answers.count(True), answers.count(False), answers.count(None)
 
     @property
     def verdict(self) -> str:
-        yes, no, unclear = self.counts
+        yes, no, undecided = self.counts
         if not self.findings:
-            return "not run here"
-        if not no and not unclear:
+            return "not tested here"
+        if not no and not undecided:
             return "holds here"
         if yes:
             return "holds in part"
-        return "does not hold here" if no else "not shown here"
+        return "does not hold here" if no else "undecided here"
 
 
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> tuple[float, float, float]:
-    """Mean over patients of ours - theirs, on the pairs that both could be measured on, and its interval; NaN without any."""
+    """(mean, low, high) of ours - theirs over patients, on the pairs that both could be measured on; NaN without any."""
     if ours.empty or theirs.empty:
         return np.nan, np.nan, np.nan
     return clustered_interval(np.subtract(*matched(ours, theirs, metric)), ours["patient"])
@@ -95,7 +95,7 @@ def _finding(
 
 
 def judged(low: float, high: float, least: float, most: float) -> bool | None:
-    """The rule: whether the whole interval lies between ``least`` and ``most``; None where it lies on both sides of an end."""
+    """The rule: whether the whole interval lies between ``least`` and ``most``; None where it straddles one of them."""
     if least < low and high < most:
         return True
     return False if high < least or most < low else None  # an interval that is NaN shows nothing
@@ -107,7 +107,8 @@ def claims(
 ) -> list[Claim]:  # fmt: skip
     """Every claim with its findings, in the order of the report.
 
-    cases, ablated  per-case results of the runs of Table 1 and of the ablations; costs as from ``gridreg.published``
+    cases, ablated  per-case results of the runs of Table 1 and of the ablations
+    costs           as from ``benchmark.published.costs``
     """
     cases, ablated = with_patients(cases, indexes), with_patients(ablated, indexes)
     datasets = in_order(cases["dataset"], PAPER_DATASETS)
@@ -128,53 +129,58 @@ def claims(
                                   run(dataset, REFERENCE), run(dataset, other), metric)
         ]  # fmt: skip
 
-    smaller = "interval of the difference wholly below 0; landmarks where there are any, and true TRE"
-    same = f"interval of the difference in Dice wholly within ±{MARGIN:g}"
-    cost_rule = f"ratio below 1, of the published sizes ({costs.in_words()}); one measurement, no interval"
+    smaller = (
+        "the whole interval of the difference lies below 0, for landmark distance and for true TRE where they are known"
+    )
+    same = f"the whole interval of the difference in Dice lies within ±{MARGIN:g}"
+    cost_rule = f"the ratio of the published sizes is below 1 ({costs.in_words()}); one measurement, no interval"
     depth, layers = layer_runs(params, KEYMORPH), layer_runs(params, GRIDREG)
     setups = configurations(params)
-    once = [f"Each was trained once. {words}" for words in seed_spread(ablated, params, ("dice",))]
+    once = [f"Each configuration was trained once. {words}" for words in seed_spread(ablated, params, ("dice",))]
     narrow = _narrow(params.get("ablation", {}).get("base", {}), [KEYMORPH])
     peers = {name: params["runs"][name] for name in params["use"]["trained"]}
-    trained = f"{budgets_in_words(setting)} The paper trains 300 epochs, of batch 4."
+    trained = f"{budgets_in_words(setting)} The paper trains for 300 epochs with batch 4."
     return [
-        Claim("Outperforms dense displacement fields on landmarks", "Lower landmark distance than VoxelMorph and TransMorph.",
+        Claim("GridReg outperforms dense displacement fields on landmarks",
+              "GridReg has a lower landmark distance than VoxelMorph and TransMorph.",
               smaller, against(DENSE), [*_narrow(peers, DENSE), trained]),
-        Claim("Outperforms classical registration on landmarks", "Lower landmark distance than ANTs SyN.",
+        Claim("GridReg outperforms classical registration on landmarks",
+              "GridReg has a lower landmark distance than ANTs SyN.",
               smaller, against(("ants-syn",)), [setting.syn] if setting.syn else []),
-        Claim("Fewer parameters", "Fewer than VoxelMorph, TransMorph and KeyMorph.",
+        Claim("GridReg needs fewer parameters", "GridReg has fewer than VoxelMorph, TransMorph and KeyMorph.",
               cost_rule, _ratios(costs, "parameters"), _other_sizes(costs)),
-        Claim("Less memory", "Less than VoxelMorph, TransMorph and KeyMorph.", cost_rule, _ratios(costs, "memory_mb")),
-        Claim("Insensitive to the grid, from 5 to 15 control points an axis", "Similar accuracy over these grids.",
-              same + ", each grid trained alone against 10",
+        Claim("GridReg needs less memory", "GridReg needs less than VoxelMorph, TransMorph and KeyMorph.", cost_rule, _ratios(costs, "memory_mb")),
+        Claim("Accuracy hardly depends on the grid, from 5 to 15 control points per axis",
+              "Accuracy is similar over these grids.", same + ", for each separately trained grid against grid 10",
               [finding for dataset in datasets for grid in GRIDS if grid != 10
                for finding in equal(f"{names[dataset]}: grid {grid} minus grid 10", run(dataset, f"gridreg-{grid}"),
                                     run(dataset, "gridreg-10"))]),
-        Claim("One adaptive model equals separately trained ones", "No significant difference but at grid 5.",
+        Claim("One adaptive model equals separately trained ones", "There is no significant difference except at grid 5.",
               same + ", at the same grid",
               [finding for dataset in datasets for grid in GRIDS
                for finding in equal(f"{names[dataset]}: adaptive minus separate at grid {grid}",
                                     _at_grid(cases, dataset, grid), run(dataset, f"gridreg-{grid}"))]),
-        Claim("B-spline against trilinear upsampling", "Similar accuracy (Dice 0.89 and 0.88) at twice the memory.", same,
+        Claim("B-spline and trilinear upsampling are equally accurate",
+              "Accuracy is similar (Dice 0.89 and 0.88); B-splines need twice the memory.", same,
               equal("B-spline minus trilinear", ablation(setups[BSPLINE]), ablation(setups[TRILINEAR])), once),
-        Claim("The Bayesian head costs no accuracy", "Dice as without it (0.88).", same,
+        Claim("The Bayesian head costs no accuracy", "Dice is 0.88 with and without it.", same,
               [finding for dataset in datasets
                for finding in equal(f"{names[dataset]}: Bayesian minus GridReg", run(dataset, BAYESIAN), run(dataset, REFERENCE))]),
-        Claim("No folding", "0 % of voxels folded, with and without the Bayesian head.",
-              "no folded voxel in any test pair, nor any volume in which the deformation is not a diffeomorphism between the voxels",
+        Claim("GridReg does not fold", "0 % of the voxels fold, with and without the Bayesian head.",
+              "no test pair has a folded voxel, or a volume between voxels in which the deformation is not a diffeomorphism",
               [Finding(f"{names[dataset]}: {run_label(name)}, worst test pair", metric, most, np.nan, np.nan, "%", most == 0)
                for metric in ("folding_percent", "nondiffeomorphic_percent")
                for dataset in datasets for name in (REFERENCE, BAYESIAN) if len(run(dataset, name))
                for most in [float(run(dataset, name)[metric].max())]]),
-        Claim("GridReg beats KeyMorph at every encoder depth", "Higher Dice at 4 to 9 layers.",
-              "interval of the difference in Dice wholly above 0, at the same number of layers",
+        Claim("GridReg beats KeyMorph at every encoder depth", "GridReg has the higher Dice with 4 to 9 layers.",
+              "the whole interval of the difference in Dice lies above 0, at the same number of layers",
               [finding for number in layers
                for finding in better(f"{number} layers: GridReg minus KeyMorph", ablation(layers[number]), ablation(depth[number]),
                                      "dice")], [*once, *narrow]),
         Claim("KeyMorph needs depth, GridReg does not",
-              "KeyMorph falls from Dice 0.86 to 0.54 with 4 layers, GridReg stays at 0.88.",
-              f"9 layers of KeyMorph better than 4, interval wholly above 0; 4 of GridReg like its {FULL_DEPTH[GRIDREG]}, "
-              f"interval wholly within ±{MARGIN:g}",
+              "With 4 layers, KeyMorph falls from Dice 0.86 to 0.54; GridReg stays at 0.88.",
+              f"KeyMorph is better with 9 layers than with 4 (whole interval above 0), and GridReg is equal with 4 and with "
+              f"{FULL_DEPTH[GRIDREG]} (whole interval within ±{MARGIN:g})",
               better("KeyMorph: 9 layers minus 4", ablation(depth[9]), ablation(depth[4]), "dice")
               + equal(f"GridReg: 4 layers minus {FULL_DEPTH[GRIDREG]}", ablation(layers[4]), ablation(layers[FULL_DEPTH[GRIDREG]])),
               [*once, *narrow]),
@@ -187,7 +193,7 @@ def _at_grid(cases: pd.DataFrame, dataset: str, grid: int) -> pd.DataFrame:
 
 
 def _narrow(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """That those of ``runs`` by these names are smaller than published, if they are."""
+    """Which of ``runs`` by these names are smaller than published, in words; empty if none is."""
     words = sizes_in_words("; ".join(reductions({name: runs[name] for name in names if name in runs})))
     return [words] if words else []
 
@@ -204,6 +210,6 @@ def _other_sizes(costs: Costs) -> list[str]:
     for other in LEARNED:
         own, printed = costs.of(other, "parameters"), facing("", "parameters", other)
         if printed and abs(own / printed.mean - 1) > 0.1:
-            notes.append(f"{run_label(other)}'s package has {own:,.0f} parameters, the paper prints {printed.mean:,.0f}: of that, "
-                         f"GridReg has {costs.of(REFERENCE, 'parameters') / printed.mean:.2f}×.")  # fmt: skip
+            notes.append(f"{run_label(other)}'s package has {own:,.0f} parameters; the paper prints {printed.mean:,.0f}. GridReg has "
+                         f"{costs.of(REFERENCE, 'parameters') / printed.mean:.2f}× the printed number.")  # fmt: skip
     return notes

@@ -1,7 +1,7 @@
-"""What a result is: the runs, the metrics with their better direction, and the files the evaluation leaves behind.
+"""What a result is: the runs, the metrics with their better direction, and the files that the evaluation writes.
 
-Per-case results come first: every table, test and figure is computed from ``cases.csv`` (one row per test pair and grid
-size); ``metrics.json`` beside it only adds what is not per case (parameters, device).
+Every table, test and figure is computed from ``cases.csv``, which has one row per test pair and grid size.
+``metrics.json`` beside it adds what is not per case (parameters, device).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pandas as pd
 
 from gridreg.errors import InputError
 from study.config.schema import MAIN_RUN
+from study.reporting.paper_numbers import PAPER_DATASETS
 
 REFERENCE = MAIN_RUN  # against which the others are compared
 PAIR = ["fixed", "moving"]
@@ -30,7 +31,7 @@ class Metric(NamedTuple):
     format: str
     tested: bool = True
     can_fail: bool = False  # an empty value is a failed case, not a missing measurement
-    trivial_for_identity: bool = False  # describes the transform alone: doing nothing is perfect by definition
+    trivial_for_identity: bool = False  # describes the transform alone: moving nothing is perfect by definition
 
     @property
     def title(self) -> str:
@@ -42,17 +43,21 @@ METRICS: dict[str, Metric] = {
     "landmark_mm": Metric("Landmark distance", "mm", "lower", "{:.2f}", can_fail=True),
     "mask_mm": Metric("Mask centroid distance", "mm", "lower", "{:.2f}", can_fail=True),
     "tre_mm": Metric("True TRE", "mm", "lower", "{:.2f}"),
-    "tre_interior_mm": Metric("True TRE, interior", "mm", "lower", "{:.2f}"),  # deeper than regions.THICKNESS_MM
+    "tre_interior_mm": Metric("True TRE, interior", "mm", "lower", "{:.2f}"),  # deeper than metrics.THICKNESS_MM
     "tre_boundary_mm": Metric("True TRE, boundary", "mm", "lower", "{:.2f}"),
+    "ncc": Metric("Image correlation", "", "higher", "{:.3f}", tested=False),  # only where accuracy was not measured
+    "mse": Metric("Mean squared difference", "", "lower", "{:.4f}", tested=False),
     "folding_percent": Metric("Folding", "%", "lower", "{:.2f}", trivial_for_identity=True),
     "nondiffeomorphic_percent": Metric("Non-diffeomorphic volume", "%", "lower", "{:.2f}", trivial_for_identity=True),
-    "logdet_mean": Metric("Mean log det J", "", "lower", "{:.3f}", tested=False),
+    "logdet_mean": Metric("Mean log det J", "", "lower", "{:.3f}", tested=False, trivial_for_identity=True),
     "logdet_std": Metric("SD of log det J", "", "lower", "{:.3f}", trivial_for_identity=True),
     "memory_mb": Metric("Memory", "MB", "lower", "{:.0f}", tested=False),
     "parameters": Metric("Parameters", "", "lower", "{:,.0f}", tested=False),
     "seconds": Metric("Time per case", "s", "lower", "{:.3f}", tested=False),
 }
 CASE_METRICS = [name for name, metric in METRICS.items() if metric.tested]
+ACCURACY = ["dice", "landmark_mm", "mask_mm", "tre_mm"]  # each needs labels, landmarks or a known deformation
+SIMILARITY = ["ncc", "mse"]
 
 # In the order of the paper's Table 1, our variants of GridReg after it; runs not listed follow, under their own name.
 RUN_LABELS = {
@@ -73,6 +78,7 @@ RUN_LABELS = {
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
 _NUMBERS = ["dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm", "logdet_mean", "logdet_std",
             "folding_percent", "nondiffeomorphic_percent", "labels_lost", "landmarks_missing", "seconds", "peak_mb"]  # fmt: skip
+_MAY_LACK = SIMILARITY  # files of earlier versions do not have them
 
 
 def run_label(run: str) -> str:
@@ -95,6 +101,13 @@ def evaluated_runs(use: Mapping[str, list[str]]) -> list[str]:
     return use["untrained"] + use["trained"] + [refined_name(run) for run in use["refined"]]
 
 
+def dataset_label(dataset: str, simulated: bool) -> str:
+    """``Prostate, Dataset 1 (simulated)``; a dataset that the paper does not have keeps its own name."""
+    paper = PAPER_DATASETS.get(dataset)
+    name = f"{dataset.capitalize()}, {paper}" if paper else dataset
+    return f"{name} (simulated)" if simulated else name
+
+
 def grid_label(grid: str) -> str:
     """``10x10x10`` → ``10×10×10``; "" (no grid) stays empty."""
     return grid.replace("x", "×")
@@ -109,6 +122,7 @@ def describe(row: pd.Series) -> str:
 def read_cases(paths: Iterable[Path | str]) -> pd.DataFrame:
     """All rows of several ``cases.csv``: text as str (no grid is ""), ``chosen`` as bool, numbers as float (empty is NaN).
 
+    Image similarity is NaN where a file does not have it.
     Raises InputError for a missing or empty file, missing columns, text where a number belongs, or a case given twice.
     """
     frames = [_read_one(Path(path)) for path in paths]
@@ -134,7 +148,8 @@ def _read_one(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: no column {', '.join(missing)}, expected {', '.join(wanted)}")
     if frame.empty:
         raise InputError(f"{path}: no case in it, expected one row per test pair")
-    for column in _NUMBERS:
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *_MAY_LACK])), fill_value="")
+    for column in [*_NUMBERS, *_MAY_LACK]:
         values = frame[column].str.strip().replace({"": "nan"})
         numbers = pd.to_numeric(values, errors="coerce").astype(float)
         wrong = values[numbers.isna() & (values.str.lower() != "nan")]
@@ -188,7 +203,13 @@ def read_ablations(folder: Path | str, names: Iterable[str]) -> tuple[pd.DataFra
     names = list(names)
     if names:
         return read_results(folder, ["ablation"], names)
-    return pd.DataFrame(columns=[*_TEXT, "chosen", *_NUMBERS]), read_costs([])
+    return pd.DataFrame(columns=[*_TEXT, "chosen", *_NUMBERS, *_MAY_LACK]), read_costs([])
+
+
+def without_accuracy(cases: pd.DataFrame) -> list[str]:
+    """The datasets of ``cases`` of which no pair has labels, landmarks or a known deformation."""
+    known = cases[ACCURACY].notna().any(axis=1).groupby(cases["dataset"], sort=False).any()
+    return list(known.index[~known])
 
 
 def chosen_rows(cases: pd.DataFrame) -> pd.DataFrame:
@@ -207,7 +228,7 @@ def chosen_rows(cases: pd.DataFrame) -> pd.DataFrame:
 def with_patients(cases: pd.DataFrame, indexes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """``cases`` with a column ``patient``: whose pair it is; where the two images are of two patients, both.
 
-    indexes  ``index.json`` of every dataset; a subject that it does not know is a patient of its own
+    indexes  ``index.json`` of every dataset; a subject that it does not name counts as one patient
     """
     patients = [_patients_of(row.fixed, row.moving, indexes.get(row.dataset, {})) for row in cases.itertuples()]
     return cases.assign(patient=[" ".join(sorted(set(pair))) for pair in patients])

@@ -1,6 +1,6 @@
-"""How a table reads: the same lines as Markdown and as LaTeX, and the tidy numbers as CSV.
+"""A table as text: the same lines as Markdown and as LaTeX, and the tidy numbers as CSV.
 
-Every metric (in a listing, every configuration) takes up to three lines: our values, the q- or p-values, the paper's values.
+Every metric (in a listing, every configuration) takes up to three lines: our values, their q or p, and the paper's values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def lines(rows: pd.DataFrame) -> tuple[list[str], list[Line]]:
     methods = in_order(measured["method"])
     out: list[Line] = []
     for dataset, group in measured.groupby("dataset", sort=False):
-        out.append(Line("heading", group["dataset_label"].iloc[0], []))
+        remark = group["note"].dropna()
+        out.append(Line("heading", group["dataset_label"].iloc[0] + (f": {remark.iloc[0]}" if len(remark) else ""), []))
         if dataset != ALL:
             grids = group.dropna(subset="grid").groupby("method")["grid"].first()
             out.append(Line("grid", "Control grid", [(grid_label(grids.get(m, "")) or "–", False) for m in methods]))
@@ -49,7 +50,7 @@ def lines(rows: pd.DataFrame) -> tuple[list[str], list[Line]]:
 
 
 def listing_lines(rows: pd.DataFrame) -> tuple[list[str], list[Line]]:
-    """The same of a listing: a column a metric, and for every configuration our values, p and the paper's values."""
+    """The column heads (one per metric) and the printed lines of a listing."""
     metrics = [name for name in METRICS if name in set(rows["metric"])]
     out: list[Line] = []
     for group, part in rows.groupby("group", sort=False):
@@ -86,7 +87,7 @@ def _value(cell, metric: str) -> tuple[str, bool]:
 
 
 def _q(cell) -> str:
-    """q of a baseline; of a variant of GridReg its two-sided p, marked so. That of the unregistered images is in the CSV alone."""
+    """q of a baseline, or ``p …`` of a variant of GridReg. Only the CSV has the p of the unregistered images."""
     if cell is None:
         return ""
     return f"p {_small(cell.p)}" if cell.sides == "two-sided" and np.isfinite(cell.p) else _small(cell.q)

@@ -19,6 +19,7 @@ from torch import nn
 
 from gridreg import network
 from gridreg.errors import InputError
+from gridreg.explorer import style
 from gridreg.network import GridReg, Registration
 from gridreg.spatial import warp
 from study.benchmark import cost
@@ -26,7 +27,6 @@ from study.benchmark import measure as benchmark
 from study.benchmark.published import read_benchmark
 from study.benchmark.report import cost_figure, label, left_out, significant, to_markdown
 from study.methods import table as methods
-from study.reporting.figures import style
 
 CPU = torch.device("cpu")
 SHAPES = [(20, 18, 17), (24, 20, 18)]
@@ -138,7 +138,7 @@ def test_an_untrained_method_is_measured_with_the_settings_that_every_dataset_sh
     )
     row = benchmark.measure(["syn"], [SHAPES[0]], settings=settings).iloc[1]
     assert row["run"] == "ants-syn" and row["seconds"] > 0 and np.isnan(row["memory_mb"])
-    assert row["note"] == "1, 0 iterations, in a process of its own, on one thread; its memory is not measured"
+    assert row["note"] == "1, 0 iterations, in a separate process, on one thread; its memory is not measured"
 
 
 def test_every_part_gets_its_own_time(monkeypatch):
@@ -286,7 +286,7 @@ def test_figure(costs, tmp_path, monkeypatch, trained):
     monkeypatch.setitem(style.RC, "savefig.dpi", 50)
     frame = costs if trained else costs[costs["task"] == "register"]
     figure = cost_figure(tmp_path / "benchmark", frame)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.pdf", "benchmark.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.pdf", "benchmark.png", "benchmark.txt"]
     assert len(figure.axes) == (8 if trained else 4)
     shown = " ".join(" ".join(text.get_text() for text in figure.findobj(plt.Text)).split())
     for expected in (
@@ -295,9 +295,10 @@ def test_figure(costs, tmp_path, monkeypatch, trained):
         "GridReg-5×4×3",
         "20×18×17",
         "time per case (s)",
-        "Not measured: absent, raises",
+        "(a)",
     ):
         assert expected in shown
+    assert "Not measured: absent, raises" in (tmp_path / "benchmark.txt").read_text()
     figure.draw_without_rendering()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.02, "something is clipped"

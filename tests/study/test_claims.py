@@ -1,12 +1,12 @@
-"""Verdicts: better, equal and not shown in cases made to be so, and what a reader must know beside them."""
+"""Verdicts: better, equal and undecided in cases made to be so, and the notes that a reader needs beside them."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_listings import MEANS
-from test_listings import PARAMS as ABLATIONS
+from test_ablation_tables import MEANS
+from test_ablation_tables import PARAMS as ABLATIONS
 from test_tables import SETTING, make_cases
 
 from study.benchmark.published import Costs
@@ -67,8 +67,8 @@ def test_a_verdict_says_what_its_findings_say():
     def claim(*answers):
         return Claim("t", "p", "r", [Finding("w", "dice", 0, 0, 0, "", answer) for answer in answers])
 
-    verdicts = {(): "not run here", (True, True): "holds here", (False,): "does not hold here", (True, False): "holds in part",
-                (None, False): "does not hold here", (None,): "not shown here", (True, None): "holds in part"}  # fmt: skip
+    verdicts = {(): "not tested here", (True, True): "holds here", (False,): "does not hold here", (True, False): "holds in part",
+                (None, False): "does not hold here", (None,): "undecided here", (True, None): "holds in part"}  # fmt: skip
     for answers, verdict in verdicts.items():
         assert claim(*answers).verdict == verdict
 
@@ -82,25 +82,34 @@ def titled() -> dict[str, Claim]:
 
 def test_every_claim_of_the_paper_has_its_verdict(titled):
     assert len(titled) == 11
-    assert titled["Outperforms dense displacement fields on landmarks"].verdict == "holds here"
+    assert titled["GridReg outperforms dense displacement fields on landmarks"].verdict == "holds here"
     for title in ("KeyMorph needs depth, GridReg does not", "GridReg beats KeyMorph at every encoder depth"):
-        assert titled[title].verdict == "not run here"
-    assert titled["Fewer parameters"].verdict == "holds in part" and titled["Less memory"].verdict == "holds here"
-    assert [round(f.effect, 2) for title in ("Fewer parameters", "Less memory") for f in titled[title].findings] == [
+        assert titled[title].verdict == "not tested here"
+    assert (
+        titled["GridReg needs fewer parameters"].verdict == "holds in part"
+        and titled["GridReg needs less memory"].verdict == "holds here"
+    )
+    assert [
+        round(f.effect, 2)
+        for title in ("GridReg needs fewer parameters", "GridReg needs less memory")
+        for f in titled[title].findings
+    ] == [
         2.5,
         0.0,
         0.11,
     ]
-    folded = titled["No folding"].findings
+    folded = titled["GridReg does not fold"].findings
     assert [(f.metric, f.holds) for f in folded] == [("folding_percent", True), ("nondiffeomorphic_percent", False)]
 
 
 def test_verdicts_say_what_they_rest_on(titled):
-    dense = " ".join(titled["Outperforms dense displacement fields on landmarks"].notes)
+    dense = " ".join(titled["GridReg outperforms dense displacement fields on landmarks"].notes)
     assert "VoxelMorph: width 8 (published 16)" in dense and "600 steps × batch 4" in dense and "300 epochs" in dense
-    assert any("organ labels" in note for note in titled["Outperforms classical registration on landmarks"].notes)
-    (note,) = titled["Fewer parameters"].notes  # TransMorph's number is the paper's, as near as a tenth
-    assert note.startswith("VoxelMorph's package has 100 parameters, the paper prints 524,181")
+    assert any(
+        "organ labels" in note for note in titled["GridReg outperforms classical registration on landmarks"].notes
+    )
+    (note,) = titled["GridReg needs fewer parameters"].notes  # TransMorph's number is the paper's, as near as a tenth
+    assert note.startswith("VoxelMorph's package has 100 parameters; the paper prints 524,181")
 
 
 def test_ablations_stand_beside_the_spread_of_seeds():
@@ -111,7 +120,7 @@ def test_ablations_stand_beside_the_spread_of_seeds():
     titled = {claim.title: claim for claim in claims(cases, ablated, COSTS, params, INDEXES, SETTING)}
     deep = titled["KeyMorph needs depth, GridReg does not"]
     assert [f.words for f in deep.findings] == ["GridReg: 4 layers minus 5"]
-    assert "with 2 seeds: Dice 0.800, 0.810" in " ".join(deep.notes) and "width 4" in " ".join(deep.notes)
+    assert "with 2 seeds, reached: Dice 0.800, 0.810" in " ".join(deep.notes) and "width 4" in " ".join(deep.notes)
     assert not titled["GridReg beats KeyMorph at every encoder depth"].findings  # no depth that both have
     section = dict(
         ABLATIONS["ablation"], runs=ABLATIONS["ablation"]["runs"] | {"deep": {"of": "keymorph", "layers": 5}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -12,11 +14,12 @@ import pandas as pd
 import pytest
 
 from gridreg.errors import InputError
-from gridreg.explorer.slices import AXIAL_LETTERS
-from study.reporting.figures import grids as figures
+from gridreg.explorer import style
+from gridreg.explorer.slices import AXIAL_LETTERS, VIEWS, central_voxel, show_deformed_grid, show_slice, slice_of
+from study.reporting.figures import grid_sizes, landmarks, training
 from study.reporting.figures import registrations as panels
-from study.reporting.figures import style
 from study.reporting.figures.landmarks import landmark_figure
+from study.reporting.figures.style import PAGE, missing_figure, save_figure
 from study.reporting.results import RUN_LABELS
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph or a failed layout is a warning of matplotlib
@@ -30,10 +33,17 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def unsaved(monkeypatch):
-    """Lay figures out without writing them: writing takes longest and is tested on others."""
-    for module in (panels, figures):
-        monkeypatch.setattr(module, "save_figure", lambda figure, path: plt.close(figure))
+def captions(monkeypatch):
+    """Captions of figures that are laid out and not written: writing takes longest and is tested on others."""
+    written = []
+
+    def keep(figure, path, *caption):
+        plt.close(figure)
+        written.append(" ".join(" ".join(caption).split()))
+
+    for module in (panels, grid_sizes, landmarks):
+        monkeypatch.setattr(module, "save_figure", keep)
+    return written
 
 
 def make_volume(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +95,7 @@ def texts(figure) -> str:
 
 
 def assert_written(stem) -> None:
-    assert sorted(path.name for path in stem.parent.iterdir()) == [f"{stem.name}.pdf", f"{stem.name}.png"]
+    assert sorted(path.name for path in stem.parent.iterdir()) == [f"{stem.name}.{s}" for s in ("pdf", "png", "txt")]
     for suffix in ("png", "pdf"):
         assert stem.with_suffix(f".{suffix}").stat().st_size > 1000
     assert b"/Type /Font" in stem.with_suffix(".pdf").read_bytes()
@@ -93,7 +103,8 @@ def assert_written(stem) -> None:
 
 
 def assert_nothing_clipped(figure) -> None:
-    """Everything drawn lies within the page (inches)."""
+    """Everything drawn lies within the figure, and the figure within a printed page (inches)."""
+    assert figure.get_size_inches()[0] <= PAGE + 1e-9
     figure.draw_without_rendering()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.02, box
@@ -104,30 +115,30 @@ def test_registration_figure(tmp_path):
     figure = panels.figure5(tmp_path / "figure5", [make_case(methods)], methods, (1.0, 1.0, 2.0))
     assert_written(tmp_path / "figure5")
     shown = texts(figure)
-    assert "Prostate registration (simulated)" in shown and "Simulated prostate cohort, not patients." in shown
+    assert "Prostate registration (simulated)" in shown and "(a) p 1" in shown
     assert "Dice 0.80\nTRE 2.0 mm" in shown and "landmarks 4.0 mm" in shown and "GridReg\n(adaptive)" in shown
     assert_nothing_clipped(figure)
-    said = shown.replace("\n", " ")
-    assert "TRE: distance between" in said and "Deformed grid: lines of" in said and AXIAL_LETTERS in said
-    assert "Rows (fixed and moving image): p 1 and p 2." in said
+    said = (tmp_path / "figure5.txt").read_text()
+    assert said.startswith("Prostate registration (simulated). Simulated prostate cohort, not patients.")
+    assert "TRE: mean distance between" in said and "Deformed grid: lines of" in said and AXIAL_LETTERS in said
+    assert "Fixed and moving image of each case: (a) p 1 and p 2." in said
 
 
-def test_any_other_cohort_is_captioned_as_fully(tmp_path, unsaved):
+def test_any_other_cohort_is_captioned_as_fully(tmp_path, captions):
     case = make_case(["voxelmorph"], fields=False)
     case["scores"] = {"voxelmorph": {"dice": 0.8}}
-    shown = texts(panels.cohort_registrations(tmp_path / "f", "pelvis", [case], ["voxelmorph"], (1, 1, 1))).replace(
-        "\n", " "
-    )
-    assert "Pelvis registration (simulated)" in shown and "Simulated pelvis cohort, not patients." in shown
-    assert "p 1 and p 2" in shown and AXIAL_LETTERS in shown
-    assert "TRE" not in shown and "grid" not in shown  # neither is shown
+    shown = texts(panels.cohort_registrations(tmp_path / "f", "pelvis", [case], ["voxelmorph"], (1, 1, 1)))
+    said = captions[0]
+    assert "Pelvis registration (simulated)" in shown and "Simulated pelvis cohort, not patients." in said
+    assert "p 1 and p 2" in said and AXIAL_LETTERS in said
+    assert "TRE" not in said and "grid" not in said  # neither is shown
     real = texts(
         panels.cohort_registrations(tmp_path / "f", "mine", [case], ["voxelmorph"], (1, 1, 1), simulated=False)
     )
-    assert "Mine registration" in real and "imulated" not in real
+    assert "Mine registration" in real and "imulated" not in real and "imulated" not in captions[1]
 
 
-def test_registration_figure_with_seven_methods_and_nothing_optional(tmp_path, unsaved):
+def test_registration_figure_with_seven_methods_and_nothing_optional(tmp_path, captions):
     methods = [run for run in RUN_LABELS if run != "identity"][:7]
     case = {
         key: value
@@ -137,7 +148,8 @@ def test_registration_figure_with_seven_methods_and_nothing_optional(tmp_path, u
     figure = panels.figure6(tmp_path / "f", [case] * 3, methods, (1, 1, 1), simulated=False)
     assert len(figure.axes) == 2 * 9  # two cases at most, no row of grids
     shown = texts(figure)
-    assert "Brain registration" in shown and "simulated" not in shown.lower() and "mask" not in shown
+    assert "Brain registration" in shown and "simulated" not in shown.lower()
+    assert "simulated" not in captions[0].lower() and "mask" not in captions[0]
     assert_nothing_clipped(figure)
 
 
@@ -157,7 +169,7 @@ def test_right_is_on_the_left_and_front_is_up():
     volume = np.zeros(SHAPE)
     volume[-1, :, 4] = 1  # the patient's right border (RAS: axis 0 grows to the right)
     figure, ax = plt.subplots()
-    panels.show_slice(ax, volume, "axial", 4, (1, 1, 3))
+    show_slice(ax, volume, "axial", 4, (1, 1, 3))
     x_right = ax.transData.transform((SHAPE[0] - 1, 0))[0]
     x_left = ax.transData.transform((0, 0))[0]
     y_front, y_back = ax.transData.transform((0, SHAPE[1] - 1))[1], ax.transData.transform((0, 0))[1]
@@ -174,24 +186,24 @@ def test_right_is_on_the_left_and_front_is_up():
 )
 def test_slices_keep_their_axes_and_aspect(view, shape, aspect):
     volume = np.arange(np.prod(SHAPE)).reshape(SHAPE)
-    plane = panels.slice_of(volume, view, 3)
+    plane = slice_of(volume, view, 3)
     assert plane.shape == shape
-    cut, across, up, _ = panels.VIEWS[view]
+    cut, across, up, _ = VIEWS[view]
     at = [0, 0, 0]
     at[cut], at[across], at[up] = 3, 2, 5
     assert plane[5, 2] == volume[tuple(at)]
     figure, ax = plt.subplots()
-    panels.show_slice(ax, volume, view, 3, (1, 2, 3))
+    show_slice(ax, volume, view, 3, (1, 2, 3))
     assert ax.get_aspect() == aspect
     plt.close(figure)
     with pytest.raises(InputError, match="unknown"):
-        panels.slice_of(volume, "oblique", 0)
+        slice_of(volume, "oblique", 0)
 
 
 def test_slice_goes_through_the_centroid_of_the_mask():
     _, labels = make_volume()
-    assert panels.central_voxel(labels, SHAPE) == (4, 6, 4)  # centroid (4.5, 6, 3.5), halves to the even voxel
-    assert panels.central_voxel(np.zeros(SHAPE), SHAPE) == panels.central_voxel(None, SHAPE) == (5, 6, 4)
+    assert central_voxel(labels, SHAPE) == (4, 6, 4)  # centroid (4.5, 6, 3.5), halves to the even voxel
+    assert central_voxel(np.zeros(SHAPE), SHAPE) == central_voxel(None, SHAPE) == (5, 6, 4)
 
 
 def test_deformed_grid_is_x_plus_u():
@@ -199,7 +211,7 @@ def test_deformed_grid_is_x_plus_u():
     field[0] += 0.5
     field[1] -= 0.25
     figure, ax = plt.subplots()
-    panels.show_deformed_grid(ax, field, "axial", 4, (1, 1, 1), lines=12)
+    show_deformed_grid(ax, field, "axial", 4, (1, 1, 1), lines=12)
     first = ax.collections[0].get_segments()[0]
     np.testing.assert_allclose(first, np.stack([np.arange(10) + 0.5, np.full(10, -0.25)], axis=-1))
     plt.close(figure)
@@ -210,34 +222,37 @@ def test_cohort_picture(tmp_path):
     cases = [{"name": f"s{k}", "image": image, "labels": labels, "spacing_mm": (1, 1, 2)} for k in range(2)]
     figure = panels.cohort_picture(tmp_path / "cohort", cases, "A pair", panels.cohort_caption(True, outlined=True))
     assert_written(tmp_path / "cohort")
-    assert "Simulated cohort, not patients." in texts(figure) and "Sagittal" in texts(figure)
-    assert "imulated" not in panels.cohort_caption(False, outlined=True)
-    assert "mask" not in panels.cohort_caption(True, outlined=False)
+    assert "A pair. Simulated cohort, not patients." in (tmp_path / "cohort.txt").read_text()
+    assert "Sagittal" in texts(figure) and "(b) s1" in texts(figure)
+    assert "imulated" not in " ".join(panels.cohort_caption(False, outlined=True))
+    assert "mask" not in " ".join(panels.cohort_caption(True, outlined=False))
     assert_nothing_clipped(figure)
 
 
 @pytest.mark.parametrize("datasets", [("prostate", "pelvis"), ("pelvis",)])
-def test_figure8(tmp_path, unsaved, datasets):
+def test_figure8(tmp_path, captions, datasets):
     cases = make_cases()
-    figure = figures.figure8(tmp_path / "figure8", cases[cases["dataset"].isin(datasets)], INDEXES)
+    figure = grid_sizes.figure8(tmp_path / "figure8", cases[cases["dataset"].isin(datasets)], INDEXES)
     shown = texts(figure)
-    assert "Mask centroid distance (mm)\n(no landmarks)" in shown and "True TRE (mm)" in shown
-    assert ("(simulated)" in shown) == ("prostate" in datasets)
-    tested = [line for line in shown.splitlines() if line.startswith("p=")]
-    assert len(tested) == 2 * 3 * len(datasets)  # grids 5 and 15; there is no separate run at 10
+    assert "Mask centroid\n distance (mm)" in shown and "True TRE (mm)" in shown
+    assert ("(simulated)" in shown) == ("prostate" in datasets) == ("Simulated cohorts" in captions[0])
+    under = [label.get_text() for ax in figure.axes for label in ax.get_xticklabels()]
+    tested = [label for label in under if re.fullmatch(r"(5|15)\n(<0.001|0\.\d+)", label)]
+    assert len(tested) == 2 * 3 * len(datasets) and "10\n" in under  # there is no separate run at 10
+    assert "equivalence was not tested" in captions[0] and f"({'abcdef'[3 * len(datasets) - 1]})" in shown
     assert_nothing_clipped(figure)
 
 
-def test_figure8_shows_bending_weights_above(tmp_path, unsaved):
+def test_figure8_shows_bending_weights_above(tmp_path, captions):
     cases = make_cases()
     one = cases[(cases["dataset"] == "prostate") & (cases["run"] == "gridreg-5")]
     bending = {weight: one.assign(dice=one["dice"] - 0.01 * n) for n, weight in enumerate((2.0, 20.0, 200.0))}
     marks = {"weight of the main runs": 20.0, "the paper's best, for these voxels": 781.25}
-    figure = figures.figure8(
+    figure = grid_sizes.figure8(
         tmp_path / "figure8", cases, INDEXES, bending=bending, bending_note="After 7 steps.", marks=marks
     )
     shown = texts(figure)
-    assert "(1)" in shown and "weight of the bending energy" in shown and "7 steps" in shown
+    assert "(a)" in shown and "weight of the bending energy" in shown and "7 steps" in captions[0]
     assert "weight of the main runs: 20" in shown and "the paper's best, for these voxels: 781" in shown
     panel = next(
         ax
@@ -256,27 +271,37 @@ def test_figure8_shows_bending_weights_above(tmp_path, unsaved):
 
 
 def test_the_papers_weight_is_that_of_the_same_deformation():
-    assert figures.papers_bending_weight("prostate", 0.7) == figures.papers_bending_weight("brain", 1.0) == 2e5
-    assert figures.papers_bending_weight("prostate", 2.8) == pytest.approx(2e5 / 4**4)
-    assert figures.papers_bending_weight("mine", 5.0) == pytest.approx(320)
+    assert grid_sizes.papers_bending_weight("prostate", 0.7) == grid_sizes.papers_bending_weight("brain", 1.0) == 2e5
+    assert grid_sizes.papers_bending_weight("prostate", 2.8) == pytest.approx(2e5 / 4**4)
+    assert grid_sizes.papers_bending_weight("mine", 5.0) == pytest.approx(320)
 
 
-def test_figure8_without_truth_or_spread(tmp_path, unsaved):
+def test_figure8_without_truth_or_spread(tmp_path, captions):
     cases = make_cases(n=1).query("dataset == 'prostate'").assign(tre_mm=np.nan)
-    figure = figures.figure8(tmp_path / "figure8", cases, INDEXES)
-    assert "True TRE (mm)" not in texts(figure) and "p=" not in texts(figure)
+    figure = grid_sizes.figure8(tmp_path / "figure8", cases, INDEXES)
+    assert "True TRE (mm)" not in texts(figure)
+    assert all("\n" not in label.get_text() for ax in figure.axes for label in ax.get_xticklabels())
+
+
+def test_figure8_shows_the_images_where_nothing_else_is_known(tmp_path, captions):
+    cases = make_cases().assign(ncc=0.5)
+    unknown = ["dice", "mask_mm", "tre_mm", "landmark_mm"]
+    cases[unknown] = cases[unknown].mask(cases["dataset"] == "pelvis")
+    figure = grid_sizes.figure8(tmp_path / "figure8", cases, INDEXES)
+    assert "Image correlation" in texts(figure) and "Accuracy was not measured on pelvis" in captions[0]
+    assert_nothing_clipped(figure)
 
 
 def test_figure8_needs_the_adaptive_run_and_the_origin_of_the_data(tmp_path):
     cases = make_cases()
     with pytest.raises(InputError, match="no run gridreg-adaptive"):
-        figures.figure8(tmp_path / "f", cases[cases["run"] != "gridreg-adaptive"], INDEXES)
+        grid_sizes.figure8(tmp_path / "f", cases[cases["run"] != "gridreg-adaptive"], INDEXES)
     with pytest.raises(InputError, match="no key 'simulated'"):
-        figures.figure8(tmp_path / "f", cases, {})
+        grid_sizes.figure8(tmp_path / "f", cases, {})
 
 
 def test_grids_are_ordered_by_size_not_by_name():
-    assert figures.grid_order(pd.Series(["10x10x10", "5x5x5", "6x9x12"])) == ["5x5x5", "6x9x12", "10x10x10"]
+    assert grid_sizes.grid_order(pd.Series(["10x10x10", "5x5x5", "6x9x12"])) == ["5x5x5", "6x9x12", "10x10x10"]
 
 
 def test_training_curves(tmp_path):
@@ -284,17 +309,22 @@ def test_training_curves(tmp_path):
     history = pd.DataFrame({"step": step, "loss": 1 / step, "val_dice": np.where(step % 10 == 0, 0.8, np.nan)})
     path = tmp_path / "history.csv"
     history.to_csv(path, index=False)
-    read = figures.read_history(path)
+    read = training.read_history(path)
     stem = tmp_path / "curves" / "training"
-    figure = figures.training_curves(
+    figure = training.training_curves(
         stem, {"voxelmorph": read, "gridreg-5": read.drop(columns="val_dice")}, "brain", True
     )
     assert_written(stem)
     assert "Brain, Dataset 3 (simulated)" in texts(figure)
+    assert "Simulated cohort, not patients." in stem.with_suffix(".txt").read_text()
     assert_nothing_clipped(figure)
+    many = training.training_curves(tmp_path / "many" / "t", dict.fromkeys(list(RUN_LABELS)[2:], read), "brain", True)
+    assert_nothing_clipped(many)
+    panels_of_run = [ax for ax in many.axes if ax.get_title()]
+    assert len(panels_of_run) == len(RUN_LABELS) - 2 and len({ax.get_ylim() for ax in panels_of_run}) == 1
     history.drop(columns="loss").to_csv(path, index=False)
     with pytest.raises(InputError, match="no column loss"):
-        figures.read_history(path)
+        training.read_history(path)
 
 
 def test_equal_figures_are_equal_files(tmp_path):
@@ -302,7 +332,7 @@ def test_equal_figures_are_equal_files(tmp_path):
     for name in ("a", "b"):
         case = {"name": "s", "image": image, "labels": labels, "spacing_mm": (1, 1, 1)}
         panels.cohort_picture(tmp_path / name / "cohort", [case])
-    for suffix in ("png", "pdf"):
+    for suffix in ("png", "pdf", "txt"):
         first, second = ((tmp_path / name / f"cohort.{suffix}").read_bytes() for name in ("a", "b"))
         assert first == second
 
@@ -321,9 +351,33 @@ def test_landmarks_are_marked_where_they_are(tmp_path):
     points = {"fixed": {"a": np.array([2.0, 3, 4]), "b": np.array([5.0, 6, 7]), "only": np.zeros(3)},
               "moving": {"b": np.array([5.0, 9, 3]), "a": np.array([2.0, 3, 4])}}  # fmt: skip
     both = [dict.fromkeys(("fixed", "moving"), value) for value in (image, labels)]
-    figure = landmark_figure(tmp_path / "figure3", both[0], points, both[1], 2.0, "A pair (simulated)", "Simulated.")
+    figure = landmark_figure(
+        tmp_path / "figure3", both[0], points, both[1], 2.0, "A pair", ["A pair.", "", "Simulated."]
+    )
     marks = [[line.get_xydata()[0].tolist() for line in ax.get_lines()] for ax in figure.axes]
     assert marks == [[[2, 3]], [[5, 6]], [[2, 3]], [[5, 9]]]
-    assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "0.0 mm away", "10.0 mm away"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "0.0 mm", "10.0 mm"]
+    assert (tmp_path / "figure3.txt").read_text() == "A pair. Simulated.\n"
     with pytest.raises(InputError, match="no landmark is in both images"):
-        landmark_figure(tmp_path / "none", both[0], {"fixed": {"a": 0}, "moving": {}}, both[1], 2.0, "", "")
+        landmark_figure(tmp_path / "none", both[0], {"fixed": {"a": 0}, "moving": {}}, both[1], 2.0, "", [])
+
+
+def test_many_landmarks_fit_a_page(tmp_path, captions):
+    image, _ = make_volume()
+    points = {f"anterior commissure {n}": np.array([2.0, 3, 4]) for n in range(8)}
+    both = dict.fromkeys(("fixed", "moving"))
+    figure = landmark_figure(
+        tmp_path / "f", dict.fromkeys(both, image), dict.fromkeys(both, points), both, 2.0, "T", ["T."]
+    )
+    assert_nothing_clipped(figure)
+
+
+def test_a_missing_figure_says_why_and_nothing_temporary_is_left(tmp_path):
+    missing_figure(tmp_path / "figure7", "No Bayesian run is in use.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure7.pdf", "figure7.png", "figure7.txt"]
+    assert (tmp_path / "figure7.txt").read_text() == "No Bayesian run is in use.\n"
+
+
+def test_a_caption_is_one_line_without_gaps(tmp_path):
+    save_figure(plt.figure(figsize=(1, 1)), tmp_path / "f", "A.", "", " B  is\nC. ")
+    assert (tmp_path / "f.txt").read_text() == "A. B is C.\n"

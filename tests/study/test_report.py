@@ -1,4 +1,4 @@
-"""The page that shows the verdicts is whole and self-contained, and says everything once."""
+"""The page that shows the verdicts is whole and self-contained, opens with what holds, and says everything once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from PIL import Image
 
 from gridreg.errors import InputError
 from study.reporting.claims import Claim, Finding
-from study.reporting.report import FIGURES, TABLES, calibration, captioned, data_hashes, effect, report
+from study.reporting.provenance import data_hashes
+from study.reporting.report import FIGURES, TABLES, calibration, effect, report, summary
 
 INDEXES = {"prostate": {"simulated": True}}
 FOUND = [
@@ -38,6 +39,7 @@ def folder(tmp_path):
         (tmp_path / f"{name}.md").write_text(f"**Table {name[-1]}.** T\n\n{table}\n{own}")
     for name in FIGURES:
         Image.new("RGB", (30, 20), "white").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"Title of {name} & more. Simulated slices, not patients.\n")
     CALIBRATION.to_csv(tmp_path / "calibration.csv", index=False)
     return tmp_path
 
@@ -50,12 +52,8 @@ def test_the_page_stands_alone_and_names_what_is_simulated(folder):
     page = page_of(folder, skipped={"lumir": "its folder <was> not found"}, facts={"Seed": "1 & 2"})
     assert page.count("data:image/webp") == len(FIGURES) and page.count("<table>") >= len(TABLES) + 2
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
-    assert (
-        "simulated, not patients: prostate" in page
-        and "&lt;was&gt;" in page
-        and "1 &amp; 2" in page
-        and '<td class="below">q</td>' in page
-    )
+    assert "simulated, not patients: prostate" in page and "skipped: lumir (its folder &lt;was&gt; not found)" in page
+    assert "1 &amp; 2" in page and '<td class="below">q</td>' in page
     for claim in FOUND[1:]:
         assert claim.title in page and claim.verdict in page
     (folder / "figure3.png").unlink()
@@ -63,11 +61,33 @@ def test_the_page_stands_alone_and_names_what_is_simulated(folder):
         page_of(folder)
 
 
-def test_captions_follow_what_is_simulated():
-    assert captioned(INDEXES)["figure5"].endswith(" Simulated.")
-    assert captioned(INDEXES | {"lumir": {"simulated": False}})["figure8"].endswith("Simulated: prostate.")
-    assert "imulated" not in captioned({"lumir": {"simulated": False}})["figure5"]
-    assert "Simulated slices" in captioned({"lumir": {"simulated": False}})["figure1"]
+def test_a_caption_is_the_text_beside_its_figure(folder):
+    page = page_of(folder)
+    for name in FIGURES:
+        assert page.count(f"Title of {name} &amp; more. Simulated slices, not patients.</figcaption>") == 1
+    assert 'alt="Title of figure3 &amp; more"' in page and "<b>Figure 3.</b> Title of figure3" in page
+    assert "<b>" not in page[page.index('id="oracle"') : page.index('id="calibration"')].split("<figcaption>")[1]
+    (folder / "figure3.txt").unlink()
+    with pytest.raises(InputError, match="figure3.txt: not found"):
+        page_of(folder)
+
+
+def test_the_first_screen_says_what_holds_what_does_not_and_what_was_not_tested():
+    found = [
+        Claim("A", "p", "r", [Finding("w", "dice", 0.1, 0.05, 0.2, "", True)]),
+        Claim("B", "p", "r", [Finding("w", "dice", 0.1, 0.05, 0.2, "", answer) for answer in (True, None, False)]),
+        Claim("C", "p", "r", [Finding("w", "dice", 0.1, 0.05, 0.2, "", False)]),
+        Claim("D", "p", "r", [Finding("w", "dice", 0.1, -0.05, 0.2, "", None)]),
+        Claim("E", "p", "r", []),
+    ]
+    said = summary(found, INDEXES, {"lumir": "not there."}, ["mine"])
+    assert list(said) == ["Holds", "Holds in part", "Does not hold", "Undecided", "Not tested", "Cohorts"]
+    assert [said[head] for head in list(said)[:4]] == [["A"], ["B (1 of 3 findings)"], ["C"], ["D"]]
+    assert said["Not tested"][0] == "E" and said["Not tested"][1].startswith("the accuracy on mine")
+    assert any("patients" in words for words in said["Not tested"])
+    assert said["Cohorts"] == ["simulated, not patients: prostate", "skipped: lumir (not there)"]
+    real = summary(found, {"oasis": {"simulated": False}}, {})
+    assert real["Cohorts"] == ["real scans: oasis"] and not any("patients" in words for words in real["Not tested"])
 
 
 def test_data_are_named_by_a_hash_of_what_was_read(tmp_path):
@@ -84,14 +104,13 @@ def test_data_are_named_by_a_hash_of_what_was_read(tmp_path):
 
 def test_verdicts_name_their_extremes_and_their_rule(folder):
     page = page_of(folder)
+    page = page[page.index('id="verdicts"') :]
     row = page[page.index("Better &lt;here&gt;") : page.index("Nothing folds")]
-    summary = row[: row.index("<details")]
-    assert (
-        "−2.90 (−3.60 to −2.20) mm <span class=small>Prostate: A minus B" in summary and "Brain: A minus C" in summary
-    )
-    assert "Pelvis" not in summary and "Pelvis" in row and "so &amp; so" in row and "not shown</td>" in row
-    assert "0.00 % <span class=small>in all 2" in page and "a note on nothing" not in page
-    assert "margin of ±0.02 of Dice" in page and "12 pairs of 5 patients" in page
+    short = row[: row.index("<details")]
+    assert '−2.90 (−3.60 to −2.20) mm <span class="small">Prostate: A minus B' in short and "Brain: A minus C" in short
+    assert "Pelvis" not in short and "Pelvis" in row and "so &amp; so" in row and "undecided</td>" in row
+    assert '0.00 % <span class="small">in all 2' in page and "a note on nothing" not in page
+    assert "within ±0.02 of Dice" in page and "12 pairs of 5 patients" in page
 
 
 def test_what_several_tables_say_is_said_once(folder):
@@ -107,7 +126,7 @@ def test_calibration_shows_every_row_and_every_word(tmp_path):
     page = calibration(path)
     rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     assert len(rows) == 2 and re.findall(r"<td>(.*?)</td>", rows[1])[:7] == [
-        "Prostate", "10×10×10", "rescaled", "both &lt;ways&gt;", "2.21", "58%", "90%"]  # fmt: skip
+        "Prostate (simulated)", "10×10×10", "rescaled", "both &lt;ways&gt;", "2.21", "58%", "90%"]  # fmt: skip
     assert "<th>How it spreads</th>" in page and "<th>AUSE, uninformed</th>" in page and "GridReg (Bayesian)" in page
     CALIBRATION.assign(propagation="independent").to_csv(path, index=False)
     assert "Control points: " in calibration(path) and "Control points: " not in page

@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from gridreg.errors import InputError
+from gridreg.explorer import style
 from gridreg.network import GridReg
+from gridreg.scans.pair import Pair
 from gridreg.upsampling import upsample
 from study.evaluation import uncertainty
 from study.evaluation.uncertainty import (
@@ -25,7 +28,6 @@ from study.evaluation.uncertainty import (
     joined,
     uncertain_pairs,
 )
-from study.reporting.figures import style
 from study.reporting.figures.uncertainty import calibration_figure, figure7
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -87,8 +89,13 @@ def test_errors_and_sigmas_are_in_mm_and_within_the_mask(monkeypatch):
     labels[3:9, 3:9, 3:9] = 2
     known = np.ones(SHAPE, bool)
     known[3] = False
-    data = SimpleNamespace(pairs=lambda split: [("f", "m")], image=images.get, labels=lambda name: labels, shape=SHAPE,
-                           truth=lambda *pair: (truth, known), spacing=2.5)  # fmt: skip
+
+    def cohort(truth) -> SimpleNamespace:
+        sides = Path("f"), Path("m")
+        pair = Pair("f ← m", images["f"], images["m"], np.eye(4), 2.5, sides, (np.eye(4),) * 2, (labels, labels),
+                    truth=(truth, known))  # fmt: skip
+        return SimpleNamespace(pairs=lambda split: [("f", "m")], pair=lambda fixed, moving: pair)
+
     network = GridReg(base_channels=8, num_layers=4, bayesian=True)
     for name, sigma in ((INDEPENDENT, 0.4), (CORRELATED, 0.8)):
         monkeypatch.setitem(
@@ -96,11 +103,10 @@ def test_errors_and_sigmas_are_in_mm_and_within_the_mask(monkeypatch):
             name,
             lambda values, shape, method, sigma=sigma: values.new_full((1, 3, *shape), sigma),
         )
-    (pair,) = uncertain_pairs(data, network, (5, 5, 5), "test")
+    (pair,) = uncertain_pairs(cohort(truth), network, (5, 5, 5), "test")
     assert pair.region.sum() == 5 * 6 * 6
     assert np.allclose(pair.sigma_mm[INDEPENDENT], 1.0) and np.allclose(pair.sigma_mm[CORRELATED], 2.0)
-    bare = SimpleNamespace(**vars(data) | {"truth": lambda *pair: (truth * 0, known)})
-    (other,) = uncertain_pairs(bare, network, (5, 5, 5), "test")
+    (other,) = uncertain_pairs(cohort(truth * 0), network, (5, 5, 5), "test")
     np.testing.assert_allclose((other.error_mm - pair.error_mm)[:, known], 2.5, atol=1e-5)
     assert np.isnan(pair.error_mm[:, ~known]).all()
     assert pair.within(INDEPENDENT)[0].shape == (3, 180)
@@ -133,14 +139,16 @@ def test_figure7_is_written_with_units_and_says_what_is_simulated(tmp_path, monk
     unknown = case | {"error_mm": np.full(SHAPE, np.nan), "fixed_labels": None, "moving_labels": None}
     figure = figure7(tmp_path / "figure7", [case, unknown], simulated=True)
     text = " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text)).replace("\n", " ")
-    assert "not patients" in text and "not known" in text and "Uncertainty σ" in text and text.count(" mm") >= 3
+    caption = (tmp_path / "figure7.txt").read_text()
+    assert "not patients" in caption and "σ and error share a colour scale within each row." in caption
+    assert "not known" in text and "Uncertainty σ" in text and text.count("mm") >= 2 and "(b) Prostate" in text
     maps = [
         ax.images[0].get_clim() for ax in figure.axes if ax.images and ax.images[0].get_cmap().name == style.MAGNITUDE
     ]
     assert (
         len(maps) == 3 and maps[0] == maps[1] and maps[0][1] > 2 > 1 >= maps[2][1]
     )  # a row shares the range of its larger map
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["figure7.pdf", "figure7.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["figure7.pdf", "figure7.png", "figure7.txt"]
     with pytest.raises(InputError, match="no uncertainty to show"):
         figure7(tmp_path / "none", [], simulated=True)
 
@@ -150,7 +158,8 @@ def test_calibration_figure_shows_both_propagations(tmp_path, monkeypatch):
     measured, factors = {"brain": joined(pairs(0, 2.0))}, {("brain", INDEPENDENT): 2.0, ("brain", CORRELATED): 1.0}
     figure = calibration_figure(tmp_path / "c", measured, factors, simulated=True)
     text = " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text)).replace("\n", " ")
-    assert "× 2.00 (independent), × 1.00 (fully correlated)" in text and "Simulated cohorts" in text and "AUSE" in text
+    assert "× 2.00 (independent), × 1.00 (fully correlated)" in text and "AUSE" in text and "(c)" in text
+    assert "Simulated cohorts, not patients." in (tmp_path / "c.txt").read_text()
     reliability = {(line.get_color(), line.get_linestyle()): line.get_ydata() for line in figure.axes[0].get_lines()}
     at_half = [values[49] for (tint, dash), values in reliability.items() if len(values) == 99]
     assert at_half == pytest.approx([0.264, 0.5, 0.5, 0.5], abs=0.02)  # half the interval, then the whole one

@@ -17,7 +17,7 @@ from gridreg.attention import CHANNELS
 from gridreg.explorer.style import styled
 from gridreg.network import GridReg
 from gridreg.spatial import Shape
-from study.reporting.figures.style import add_caption, save_figure
+from study.reporting.figures.style import PAGE, save_figure
 from study.reporting.results import grid_label
 
 IMAGE, ENCODER, PROJECTION, DECODER, FIELD = "#D9D9D9", "#C6DBEF", "#FEE6CE", "#C7E9C0", "#DADAEB"
@@ -70,7 +70,7 @@ def _box(ax: Axes, x: float, y: float, width: float, height: float, text: str, c
     style = "round,pad=0,rounding_size=0.8"
     corner = (x - width / 2, y - height / 2)
     ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, fc=colour, ec="#444444", lw=0.6))
-    ax.text(x, y, text, ha="center", va="center", fontsize=5.8, linespacing=1.25)
+    ax.text(x, y, text, ha="center", va="center", fontsize=6.5, linespacing=1.2)
 
 
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
@@ -80,14 +80,14 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], **sty
 def architecture_figure(
     path: Path | str, shape: Shape = (128, 128, 102), grid_size: Shape = (10, 10, 10), network: GridReg | None = None
 ) -> Figure:
-    """Draw GridReg (the paper's default with a Bayesian head, if none is given); writes ``<path>.png`` and ``<path>.pdf``."""
+    """Draw ``network``, by default the paper's with a Bayesian head. Writes ``<path>.png``, ``.pdf`` and ``.txt``."""
     network = network or GridReg(bayesian=True)
     found, layers = sizes(network, shape, grid_size), len(network.encoder)
     points, image = int(np.prod(grid_size)), grid_label("x".join(map(str, shape)))
     xs = np.linspace(25, 93, layers)
     top, middle, bottom, width = 42, 26, 9, min(12.5, 0.84 * (xs[1] - xs[0]))
     with styled():
-        figure, ax = plt.subplots(figsize=(7.2, 3.9), layout="constrained")
+        figure, ax = plt.subplots(figsize=(PAGE, 3.9), layout="constrained")
         ax.set(xlim=(-1, 101), ylim=(0, 52))
         ax.set_axis_off()
         _box(ax, 7, top, 12, 15, f"fixed and\nmoving image\n2 × {image}", IMAGE)
@@ -103,7 +103,7 @@ def architecture_figure(
             x, (seen, decoded) = xs[layer - 1], found["decoder"][layer]
             height = 3 + 2.1 * np.log2(max(found["encoder"][layer][1:]))
             who = f"all {seen:,} tokens" if level.coarsest else f"{seen} tokens\naround it"
-            each = "every control point\n" if decoded == points else f"{decoded:,} points\n"
+            each = f"{'all ' if decoded == points else ''}{decoded:,} points\n"
             _box(ax, x, middle, width, 5, f"linear → {CHANNELS}\n+ positions", PROJECTION)
             _box(
                 ax, x, bottom, width + 1.5, 11, f"cross-attention\n{each}to {who}\n→ {decoded:,} × {CHANNELS}", DECODER
@@ -123,10 +123,11 @@ def architecture_figure(
         _box(ax, 7, middle, 12, 5, "warp of the\nmoving image", IMAGE)
         _arrow(ax, (7, bottom + 5.5), (7, middle - 2.5))
         _arrow(ax, (7, top - 7.5), (7, middle + 2.5))
-        counts = ", ".join(f"{name} {number:,}" for name, number in found["parameters"].items())
-        add_caption(figure, f"GridReg, every size from a forward pass of {grid} control points. Encoder layers: 3×3×3 convolution, "
-                            "instance norm, ReLU. A control point asks with the encoding of its own position; what it found at a "
-                            f"coarser level is carried to the next. Parameters: {counts}; {_count(network):,} in all, and "
-                            "none depends on the grid.")  # fmt: skip
-        save_figure(figure, path)
+    counts = ", ".join(f"{name} {number:,}" for name, number in found["parameters"].items())
+    save_figure(
+        figure, path, f"Architecture of GridReg; all sizes come from a forward pass with {grid} control points.",
+        "Encoder layer: 3×3×3 convolution, instance normalisation, ReLU. The query of a control point is the encoding of its "
+        "position; its features are carried from each level to the next finer one.",
+        f"Parameters: {counts}; {_count(network):,} in total. None depends on the grid.",
+    )  # fmt: skip
     return figure

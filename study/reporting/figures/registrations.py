@@ -1,7 +1,7 @@
-"""Figures made of image slices: registration results (paper Figures 5 and 6) and the contact sheet of a cohort.
+"""Registration results in slices (paper Figures 5 and 6), and a test pair of a cohort in three views.
 
-Volumes are (W, H, D), canonical RAS: axis 0 points to the patient's right side … 2 to the head. Axial and coronal slices
-are shown as radiologists do, the patient's right on the left of the panel; letters on the panels say so.
+Volumes are (W, H, D), canonical RAS: axis 0 points to the patient's right, axis 1 to the front, axis 2 to the head. Axial
+and coronal slices are in radiological convention, with the patient's right on the left of the panel; letters say so.
 """
 
 from __future__ import annotations
@@ -30,8 +30,57 @@ from gridreg.explorer.slices import (
 from gridreg.explorer.style import FIXED_COLOUR, WARPED_COLOUR, styled
 from gridreg.scans.volumes import read_displacement
 from study.cohorts.dataset import Preprocessed
-from study.reporting.figures.style import add_caption, save_figure
+from study.reporting.figures.style import PAGE, SMALL, letter, origin, save_figure
 from study.reporting.results import METRICS, REFERENCE, in_order, run_label
+
+GRIDREG = "gridreg"  # the method of which one run is pictured
+SCORES = ("dice", "tre_mm", "landmark_mm")
+
+
+# --- gathered from an evaluation ---------------------------------------------------------------------------------
+
+
+def pictured_runs(cases: pd.DataFrame) -> list[str]:
+    """The runs of Figures 5 and 6, as in the paper: every other method, and GridReg's main run."""
+    methods = cases.groupby("run")["method"].first()
+    return in_order(run for run, method in methods.items() if run == REFERENCE or method not in (GRIDREG, "identity"))
+
+
+def pictured_cases(
+    data: Preprocessed, folder: Path | str, runs: list[str], cases: pd.DataFrame
+) -> list[dict[str, Any]]:
+    """One dict per case for ``registration_figure``, for the test pairs of which every run has pictures.
+
+    folder  results/evaluate/<dataset>
+    cases   per-case results at the chosen grids (``results.chosen_rows``)
+    """
+    gathered = []
+    for fixed, moving in data.pairs("test"):
+        stems = {run: Path(folder) / run / "pictures" / f"{fixed}__{moving}" for run in runs}
+        if not all(Path(f"{stem}.nii.gz").is_file() for stem in stems.values()):
+            continue
+        of_pair = cases[(cases["fixed"] == fixed) & (cases["moving"] == moving)].set_index("run")
+        gathered.append({
+            "name": fixed, "pair": (fixed, moving),
+            "fixed": data.image(fixed), "fixed_labels": data.labels(fixed),
+            "moving": data.image(moving), "moving_labels": data.labels(moving),
+            "methods": {run: _read_picture(stem) for run, stem in stems.items()},
+            "scores": {run: of_pair.loc[run, list(SCORES)].to_dict() for run in of_pair.index},
+        })  # fmt: skip
+    return gathered
+
+
+def _read_picture(stem: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """(warped image, warped labels or None, displacement in voxels) of one saved case."""
+    labels = Path(f"{stem}_labels.nii.gz")
+    return (
+        np.asarray(nibabel.load(f"{stem}.nii.gz").dataobj, np.float32),
+        np.asarray(nibabel.load(labels).dataobj, np.int16) if labels.is_file() else None,
+        read_displacement(f"{stem}_displacement.nii.gz")[0],
+    )
+
+
+# --- Figures 5 and 6 ---------------------------------------------------------------------------------------------
 
 
 def _score_text(scores: Mapping[str, float] | None) -> str:
@@ -53,18 +102,18 @@ def registration_figure(
     methods: Sequence[str],
     spacing_mm: Sequence[float],
     title: str,
-    caption: str,
+    caption: Sequence[str],
     view: str = "axial",
     groups: Sequence[Sequence[int]] | None = None,
     deformed_grid: bool = True,
 ) -> Figure:
-    """Figures 5 and 6: per case a row of fixed, moving and every method's warped moving image (and a row of grids).
+    """Per case a row of fixed, moving and every method's warped moving image, and a row of deformed grids.
 
     Every case holds ``fixed`` (W, H, D) in [0, 1], ``moving`` likewise, and ``methods``: run → (warped (W, H, D),
     warped_labels (W, H, D) or None, displacement (3, W, H, D) voxels or None); optionally ``fixed_labels``,
-    ``moving_labels``, ``name``, ``pair`` (fixed, moving) and ``scores``: run → {"dice", "tre_mm" …}, "identity" standing
-    under the moving image. The slice goes through the centroid of the fixed labels. ``groups`` of label values get a
-    contour each, else all labels together. Writes ``<path>.png`` and ``<path>.pdf``.
+    ``moving_labels``, ``name``, ``pair`` (fixed, moving) and ``scores``: run → {"dice", "tre_mm" …}; those of "identity"
+    stand under the moving image. The slice goes through the centroid of the fixed labels. ``groups`` of label values get
+    one contour each; without, all labels share one. Writes ``<path>.png``, ``.pdf`` and ``.txt``.
     """
     if not cases:
         raise InputError(f"{path}: no case to show, expected at least one test pair")
@@ -77,9 +126,9 @@ def registration_figure(
     cut, across, up = VIEWS[view][:3]
     shape = np.shape(cases[0]["fixed"])
     ratio = shape[up] * spacing_mm[up] / (shape[across] * spacing_mm[across])
-    width = 1.18
     n_rows, n_columns = per_case * len(cases), 2 + len(methods)
-    size = (width * n_columns + 0.3, len(cases) * (per_case * width * ratio + 0.28) + 0.8)
+    width = min(1.18, (PAGE - 0.3) / n_columns)
+    size = (width * n_columns + 0.3, len(cases) * (per_case * width * ratio + 0.28) + 0.5)
     with styled():
         figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.015, h_pad=0.025, wspace=0.01, hspace=0.01)
@@ -101,14 +150,13 @@ def registration_figure(
                 show_contour(ax, warped_labels, view, index, WARPED_COLOUR, groups)
                 ax.set_xlabel(_score_text(scores.get(scored)), fontsize=6.5, labelpad=2)
                 if number == 0:
-                    ax.set_title(_head(name), fontsize=8)
-            row[0].set_ylabel(case.get("name", f"case {number + 1}"), fontsize=7)
+                    ax.set_title(_head(name), fontsize=SMALL)
+            row[0].set_ylabel(f"{letter(number)} {case.get('name', f'case {number + 1}')}", fontsize=SMALL)
             if has_grids:
                 fields = [case["methods"][run][2] for run in methods]
                 _grid_row(axes[per_case * number + 1], fields, view, index, spacing_mm)
         figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-        add_caption(figure, caption)
-        save_figure(figure, path)
+    save_figure(figure, path, *caption)
     return figure
 
 
@@ -125,16 +173,16 @@ def _grid_row(
     for ax, displacement in zip(row[2:], fields):
         if displacement is not None:
             show_deformed_grid(ax, displacement, view, index, spacing_mm)
-    row[1].text(0.98, 0.5, "deformed\ngrid", transform=row[1].transAxes, ha="right", va="center", fontsize=7)
+    row[1].text(0.98, 0.5, "deformed\ngrid", transform=row[1].transAxes, ha="right", va="center", fontsize=SMALL)
 
 
 def cohort_registrations(
     path: Path | str, what: str, cases: Sequence[Mapping[str, Any]], methods: Sequence[str], spacing_mm: Sequence[float],
     simulated: bool = True, deformed_grid: bool = True, note: str = "", groups: Sequence[Sequence[int]] | None = None,
 ) -> Figure:  # fmt: skip
-    """``registration_figure`` of a cohort, say "prostate", with a title and a caption that say what is seen."""
+    """``registration_figure`` of a cohort, say "prostate", with its title and caption."""
     title = f"{what[:1].upper()}{what[1:]} registration" + (" (simulated)" if simulated else "")
-    caption = _caption(what, simulated, cases, deformed_grid, note)
+    caption = [f"{title}.", *_caption(what, simulated, cases, deformed_grid), note]
     return registration_figure(path, cases, methods, spacing_mm, title, caption, "axial", groups, deformed_grid)
 
 
@@ -148,40 +196,47 @@ def figure6(path: Path | str, cases: Sequence[Mapping[str, Any]], *arguments: An
     return cohort_registrations(path, "brain", cases[:2], *arguments, **more)
 
 
-def _caption(what: str, simulated: bool, cases: Sequence[Mapping[str, Any]], deformed_grid: bool, note: str) -> str:
-    """What is seen; masks, grids and scores are explained only where there are any."""
+def _caption(what: str, simulated: bool, cases: Sequence[Mapping[str, Any]], deformed_grid: bool) -> list[str]:
+    """Sentences on what is seen; masks, grids and scores are explained only where there are any."""
     fixed = any(case.get("fixed_labels") is not None for case in cases)
     results = [result for case in cases for result in case["methods"].values()]
     shown = any(case.get("moving_labels") is not None for case in cases)
     shown |= any(labels is not None for _, labels, _ in results)
     scores = [score for case in cases for score in case.get("scores", {}).values()]
     where = "centroid of the fixed mask" if fixed else "centre of the fixed image"
-    parts = [f"Simulated {what} cohort, not patients."] if simulated else []
     masks = ["orange: fixed mask"] * fixed + ["blue: mask of the image shown"] * shown
-    parts += [f"Axial slice through the {where}" + (f"; {', '.join(masks)}." if masks else "."), AXIAL_LETTERS]
+    sentences = [
+        origin(simulated, f"{what} cohort"),
+        f"Axial slices through the {where}" + (f"; {', '.join(masks)}." if masks else "."),
+    ]
+    sentences.append(AXIAL_LETTERS)
     if deformed_grid and any(field is not None for _, _, field in results):
-        parts += [
-            "Deformed grid: lines of the fixed image, carried to the moving image by the displacement found, in the slice."
-        ]
+        sentences.append(
+            "Deformed grid: lines of the fixed image, carried to the moving image by the displacement field."
+        )
     if any(np.isfinite(score.get("tre_mm", np.nan)) for score in scores):
         inside = "over the fixed mask" if fixed else "over the image"
-        parts += [f"TRE: distance between the displacement found and the true one, mean {inside}, all slices."]
-    pairs = ["{} and {}".format(*case["pair"]) for case in cases if "pair" in case]
-    parts += [f"Rows (fixed and moving image): {'; '.join(pairs)}."] * bool(pairs)
-    return " ".join(part for part in [*parts, note] if part)
+        sentences.append(f"TRE: mean distance between the displacement found and the true one, {inside} in 3-D.")
+    pairs = [f"{letter(n)} {case['pair'][0]} and {case['pair'][1]}" for n, case in enumerate(cases) if "pair" in case]
+    if pairs:
+        sentences.append(f"Fixed and moving image of each case: {'; '.join(pairs)}.")
+    return sentences
+
+
+# --- a pair of a cohort ------------------------------------------------------------------------------------------
 
 
 def cohort_picture(
     path: Path | str,
     cases: Sequence[Mapping[str, Any]],
     title: str = "Simulated cohort",
-    caption: str = "",
+    caption: Sequence[str] = (),
     groups: Sequence[Sequence[int]] | None = None,
 ) -> Figure:
-    """Contact sheet: three orthogonal views through the mask centroid per subject, with the mask outline.
+    """Three orthogonal views through the mask centroid per subject, with the outline of the mask.
 
     Every case holds ``image`` (W, H, D) in [0, 1], ``name``, ``spacing_mm`` (3 numbers) and optionally ``labels`` (W, H, D).
-    ``cohort_caption`` makes a caption. Writes ``<path>.png`` and ``<path>.pdf``.
+    ``cohort_caption`` makes a caption. Writes ``<path>.png``, ``.pdf`` and ``.txt``.
     """
     if not cases:
         raise InputError(f"{path}: no subject to show, expected at least one")
@@ -193,69 +248,19 @@ def cohort_picture(
         )
         for view, ax in zip(VIEWS, axes[0]):
             ax.set_title(view.capitalize())
-        for row, case in zip(axes, cases):
+        for number, (row, case) in enumerate(zip(axes, cases)):
             centre = central_voxel(case.get("labels"), np.shape(case["image"]))
             for ax, view in zip(row, VIEWS):
                 index = centre[VIEWS[view][0]]
                 show_slice(ax, case["image"], view, index, case["spacing_mm"])
                 show_contour(ax, case.get("labels"), view, index, FIXED_COLOUR, groups)
-            row[0].set_ylabel(case["name"], fontsize=7)
+            row[0].set_ylabel(f"{letter(number)} {case['name']}", fontsize=SMALL)
         figure.suptitle(title, fontsize=9)
-        if caption:
-            add_caption(figure, caption)
-        save_figure(figure, path)
+    save_figure(figure, path, f"{title}.", *caption)
     return figure
 
 
-def cohort_caption(simulated: bool, outlined: bool) -> str:
-    """The caption of a ``cohort_picture``."""
-    origin = "Simulated cohort, not patients. " if simulated else ""
+def cohort_caption(simulated: bool, outlined: bool) -> list[str]:
+    """Sentences of the caption of a ``cohort_picture``, after its title."""
     where = "centroid of the mask (orange)" if outlined else "centre of the image"
-    return f"{origin}Slices through the {where}. {ALL_LETTERS}"
-
-
-# MERGED The pictured cases of an evaluation, gathered for Figures 5 and 6.
-
-
-OWN = "gridreg"  # the method of which one run is pictured
-SCORES = ("dice", "tre_mm", "landmark_mm")
-
-
-def pictured_runs(cases: pd.DataFrame) -> list[str]:
-    """The runs of Figures 5 and 6, as in the paper: every other method, and GridReg's main run."""
-    methods = cases.groupby("run")["method"].first()
-    return in_order(run for run, method in methods.items() if run == REFERENCE or method not in (OWN, "identity"))
-
-
-def pictured_cases(
-    data: Preprocessed, folder: Path | str, runs: list[str], cases: pd.DataFrame
-) -> list[dict[str, Any]]:
-    """One dict a case for ``panels.registration_figure``, for the test pairs that every run has pictures of.
-
-    folder  results/evaluate/<dataset>
-    cases   per-case results at the chosen grids (``results.chosen_rows``)
-    """
-    gathered = []
-    for fixed, moving in data.pairs("test"):
-        stems = {run: Path(folder) / run / "pictures" / f"{fixed}__{moving}" for run in runs}
-        if not all(Path(f"{stem}.nii.gz").is_file() for stem in stems.values()):
-            continue
-        of_pair = cases[(cases["fixed"] == fixed) & (cases["moving"] == moving)].set_index("run")
-        gathered.append({
-            "name": fixed, "pair": (fixed, moving),
-            "fixed": data.image(fixed), "fixed_labels": data.labels(fixed),
-            "moving": data.image(moving), "moving_labels": data.labels(moving),
-            "methods": {run: _warped(stem) for run, stem in stems.items()},
-            "scores": {run: of_pair.loc[run, list(SCORES)].to_dict() for run in of_pair.index},
-        })  # fmt: skip
-    return gathered
-
-
-def _warped(stem: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """(warped image, warped labels or None, displacement in voxels) of one saved case."""
-    labels = Path(f"{stem}_labels.nii.gz")
-    return (
-        np.asarray(nibabel.load(f"{stem}.nii.gz").dataobj, np.float32),
-        np.asarray(nibabel.load(labels).dataobj, np.int16) if labels.is_file() else None,
-        read_displacement(f"{stem}_displacement.nii.gz")[0],
-    )
+    return [origin(simulated, "cohort"), f"Slices through the {where}.", ALL_LETTERS]

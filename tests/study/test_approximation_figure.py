@@ -1,4 +1,4 @@
-"""Approximation and estimation error: they add up, and the figure says what they are."""
+"""Approximation and estimation error: they add up, and the figure names them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from gridreg.errors import InputError
-from study.reporting.figures import truth as panels_truth
+from study.reporting.figures import approximation
 
 
 def texts(figure) -> str:
@@ -34,14 +34,14 @@ def make_cases() -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(oracle, columns=["dataset", "fixed", "moving", "grid", "oracle_mm"]), cases
 
 
-def test_the_gap_is_what_is_left_of_the_error():
-    parts = panels_truth.error_parts(*make_cases())
+def test_approximation_and_estimation_error_add_up():
+    parts = approximation.error_parts(*make_cases())
     assert len(parts) == 9 and set(parts["run"]) == {"gridreg-5", "gridreg-adaptive"}
     np.testing.assert_allclose(parts["oracle_mm"] + parts["gap_mm"], parts["tre_mm"])
 
 
-def test_the_table_has_the_error_reached_and_the_gap_of_every_grid():
-    table = panels_truth.error_table(*make_cases())
+def test_the_table_has_both_errors_of_every_grid():
+    table = approximation.error_table(*make_cases())
     assert list(table.columns) == ["dataset", "grid", "run", "pairs", "oracle_mm", "reached_mm", "gap_mm"]
     found = list(table[["grid", "run"]].itertuples(index=False, name=None))
     assert found == [
@@ -58,19 +58,22 @@ def test_the_table_has_the_error_reached_and_the_gap_of_every_grid():
 
 def test_the_answer_is_the_share_of_the_grid():
     oracle, cases = make_cases()
-    said = panels_truth.answer(panels_truth.error_parts(oracle, cases))
-    assert "pelvis 5 % at 5×5×5 to 3.1 % at 8×8×8" in said and "Most of the error" in said
+    said = approximation.answer(approximation.error_parts(oracle, cases))
+    assert "pelvis 5 % at 5×5×5 to 3.1 % at 8×8×8" in said and "Most of the true TRE" in said
     coarse = oracle.assign(oracle_mm=3.0)
-    assert "Most" not in panels_truth.answer(panels_truth.error_parts(coarse, cases))
-    assert panels_truth.answer(panels_truth.error_parts(oracle, cases[cases["run"] == "gridreg-5"])) == ""
+    assert "Most" not in approximation.answer(approximation.error_parts(coarse, cases))
+    assert approximation.answer(approximation.error_parts(oracle, cases[cases["run"] == "gridreg-5"])) == ""
 
 
 def test_oracle_figure(tmp_path):
     oracle, cases = make_cases()
-    figure = panels_truth.oracle_figure(tmp_path / "oracle", oracle, cases, {"pelvis": {"simulated": True}})
+    figure = approximation.oracle_figure(tmp_path / "oracle", oracle, cases, {"pelvis": {"simulated": True}})
     shown = texts(figure)
-    assert "Simulated cohorts" in shown and "before registration" in shown and "grids are not nested" in shown
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["oracle.pdf", "oracle.png"]
+    caption = (tmp_path / "oracle.txt").read_text()
+    assert "Simulated cohorts, not patients" in caption and "grids are not nested" in caption
+    assert "The estimation error is the true TRE minus the approximation error" in caption
+    assert "before registration" in shown and "estimation error, one adaptive model" in shown and "(b)" in shown
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["oracle.pdf", "oracle.png", "oracle.txt"]
     above, below = figure.axes
     assert above.get_yscale() == "log" and below.get_yscale() == "linear"
     tops = {(round(bar.get_x(), 2), round(bar.get_y() + bar.get_height(), 3)) for bar in below.patches}
@@ -83,4 +86,4 @@ def test_oracle_figure(tmp_path):
         (1.02, 4.0),
     }  # oracle, and what was reached
     with pytest.raises(InputError, match="no oracle error"):
-        panels_truth.oracle_figure(tmp_path / "f", oracle[:0], cases, {})
+        approximation.oracle_figure(tmp_path / "f", oracle[:0], cases, {})

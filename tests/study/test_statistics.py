@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from statsmodels.regression.linear_model import WLS
 
 from gridreg.errors import InputError
 from study.evaluation import statistics as stats
@@ -34,7 +35,7 @@ def make_cases(n: int = 8, seed: int = 0, datasets: tuple[str, ...] = ("prostate
                         "mask_mm": 7 * error,
                         "tre_mm": 8 * error,
                     }
-                    row |= {"tre_interior_mm": 9 * error, "tre_boundary_mm": np.nan}
+                    row |= {"tre_interior_mm": 9 * error, "tre_boundary_mm": np.nan, "ncc": 0.5, "mse": 0.1}
                     row |= {"logdet_mean": 0.0, "logdet_std": folds, "folding_percent": folds}
                     row |= {
                         "nondiffeomorphic_percent": folds,
@@ -134,6 +135,17 @@ def test_an_interval_over_patients_counts_each_once():
         np.isnan(stats.clustered_interval(values[:3], ["a"] * 3)[1:]).all()
         and np.isnan(stats.clustered_interval([np.nan], "a")).all()
     )
+
+
+def test_an_interval_over_patients_is_that_of_cluster_robust_least_squares():
+    """Every patient has weight 1, however many pairs: statsmodels' errors, robust to clusters, give the same interval."""
+    rng = np.random.default_rng(3)
+    patients = rng.integers(0, 6, 25)
+    values = rng.normal(size=25) + patients
+    weights = 1 / np.bincount(patients)[patients]
+    fit = WLS(values, np.ones(25), weights=weights).fit(cov_type="cluster", cov_kwds={"groups": patients}, use_t=True)
+    expected = (*fit.params, *fit.conf_int()[0])
+    np.testing.assert_allclose(stats.clustered_interval(values, patients), expected, rtol=1e-12)
 
 
 def test_pairs_know_their_patients():

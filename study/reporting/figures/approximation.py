@@ -1,4 +1,10 @@
-"""Approximation against estimation error: what a grid can hold of a known truth, and what was reached, in numbers and drawn."""
+"""Approximation and estimation error: what a grid can represent of a known truth, and what a registration reached.
+
+    approximation error   mean distance in mm between the true displacement and the best field of the grid (the oracle)
+    estimation error      true TRE minus the approximation error, in mm: what the registration adds to it
+
+By the triangle inequality the field found is at least the estimation error away from the best field of the grid, on average.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +23,31 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from gridreg.errors import InputError
 from gridreg.explorer.style import OTHERS, colour, styled
 from study.evaluation.statistics import interval
-from study.reporting.figures.grids import SEPARATE, grid_comparison, grid_order
-from study.reporting.figures.style import add_caption, save_figure
+from study.reporting.figures.grid_sizes import SEPARATE, grid_comparison, grid_order
+from study.reporting.figures.style import PAGE, letter_panels, origin, save_figure
 from study.reporting.paper_numbers import PAPER_DATASETS
-from study.reporting.results import REFERENCE, grid_label, in_order
-from study.reporting.tables import dataset_label
+from study.reporting.results import REFERENCE, dataset_label, grid_label, in_order
 
 ORACLE_COLOUR = OTHERS[1]
 _KEYS = ["dataset", "fixed", "moving", "grid"]
-_GAP = {SEPARATE: ("#BDBDBD", "trained for this grid alone"), REFERENCE: (colour(REFERENCE), "one adaptive model")}
+_KINDS = {SEPARATE: ("#BDBDBD", "trained for this grid alone"), REFERENCE: (colour(REFERENCE), "one adaptive model")}
 
 
 def error_parts(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
     """One row per case of ``cases`` at which the oracle of its grid is known, with columns oracle_mm and gap_mm.
 
-    oracle as from ``oracle_table``, cases as from ``read_cases``. gap_mm = tre_mm - oracle_mm, what the registration has
-    on top of the error of the best field of its grid. By the triangle inequality the mean distance between what was found
-    and that field is at least the gap.
+    oracle as from ``oracle_table``, cases as from ``read_cases``. oracle_mm is the approximation error, gap_mm =
+    tre_mm - oracle_mm the estimation error.
     """
     joined = cases.merge(oracle[[*_KEYS, "oracle_mm"]], on=_KEYS, validate="many_to_one")
     return joined.assign(gap_mm=joined["tre_mm"] - joined["oracle_mm"])
 
 
 def error_table(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
-    """Mean oracle error of every dataset and grid, beside the error that each run reached there and the gap between them.
+    """Means over the pairs of every dataset, grid and run: approximation error, true TRE and estimation error.
 
-    Returns columns dataset, grid, run, pairs, oracle_mm, reached_mm, gap_mm; a grid that no run has keeps a row, run "".
+    Returns columns dataset, grid, run, pairs, oracle_mm, reached_mm, gap_mm (in the order named above, all in mm). A grid
+    that no run has keeps a row, with run "".
     """
     reached = error_parts(oracle, cases).rename(columns={"tre_mm": "reached_mm"})
     without = ~oracle["dataset"].add(oracle["grid"]).isin(reached["dataset"].add(reached["grid"]))
@@ -58,13 +63,13 @@ def error_table(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
 def oracle_figure(
     path: Path | str, oracle: pd.DataFrame, cases: pd.DataFrame, indexes: Mapping[str, Mapping], note: str = ""
 ) -> Figure:
-    """A column a dataset. Above: oracle error against grid size. Below: the error reached, as oracle error and gap.
+    """A column per dataset. Above: approximation error against grid size. Below: the true TRE, as the sum of both errors.
 
     oracle   from ``oracle_table``; it may hold grids that no run has
     cases    from ``read_cases``; shown are the adaptive run, and the runs trained for one grid
     indexes  dataset → its ``index.json``
 
-    Means over test pairs, bars the 95 % Student-t interval of the mean. Writes ``<path>.png`` and ``.pdf``.
+    Means over test pairs, bars the 95 % Student-t interval of the mean. Writes ``<path>.png``, ``.pdf`` and ``.txt``.
     """
     datasets = in_order(oracle["dataset"], PAPER_DATASETS)
     if not datasets:
@@ -72,7 +77,7 @@ def oracle_figure(
     reached = error_parts(oracle, grid_comparison(cases))
     simulated = any(bool(indexes[dataset]["simulated"]) for dataset in datasets)
     with styled():
-        figure, axes = plt.subplots(2, len(datasets), figsize=(2.4 * len(datasets) + 0.6, 4.9), squeeze=False,
+        figure, axes = plt.subplots(2, len(datasets), figsize=(min(PAGE, 2.4 * len(datasets) + 0.6), 4.7), squeeze=False,
                                     layout="constrained")  # fmt: skip
         for (above, below), dataset in zip(axes.T, datasets):
             own, before = (
@@ -90,30 +95,33 @@ def oracle_figure(
             above.set_title(
                 dataset_label(dataset, bool(indexes[dataset]["simulated"])).replace(" (", "\n("), loc="left"
             )
-            above.set(yscale="log", xlabel="control points per axis", ylabel="oracle error (mm),\nlogarithmic")
+            above.set(yscale="log", xlabel="control points per axis", ylabel="approximation error (mm),\nlogarithmic")
             above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             above.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             above.yaxis.set_minor_formatter(NullFormatter())
             above.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)
             _parts(below, reached[reached["dataset"] == dataset], cases.loc[before, "tre_mm"].mean())
-        handles = [Patch(fc=ORACLE_COLOUR, label="best field of the grid (oracle): approximation")]
-        handles += [
-            Patch(fc=tint, label=f"gap to what was reached, {words}: estimation") for tint, words in _GAP.values()
-        ]
+        letter_panels(axes.flat)
+        handles = [Patch(fc=ORACLE_COLOUR, label="approximation error")]
+        handles += [Patch(fc=tint, label=f"estimation error, {words}") for tint, words in _KINDS.values()]
         handles.append(Line2D([], [], color=colour("identity"), ls=":", lw=0.9, label="before registration"))
         figure.legend(handles=handles, loc="outside upper center", ncols=2 if len(datasets) > 1 else 1)
-        origin = "Simulated cohorts, not patients; their true deformations are smooth. " if simulated else ""
-        add_caption(figure, f"{origin}Mean and 95 % interval over test pairs, within the fixed mask. Oracle: control points "
-                            "fitted to the truth by least squares, which no registration can do; no field of the grid comes "
-                            "nearer in the mean square. It need not fall with every added point, for grids are not nested: one of "
-                            "3 has a control point in the middle of the image, where an organ lies, one of 4 has none, so that "
-                            f"the organ may lie within a single cell. {answer(reached)} {note}".strip())  # fmt: skip
-        save_figure(figure, path)
+    save_figure(
+        figure, path, "Approximation and estimation error, beyond the paper.", origin(simulated),
+        "The true deformations of these cohorts are smooth." if simulated else "",
+        "Values are means over test pairs within the fixed mask; bars are 95 % intervals of the mean.",
+        "Top: the approximation error is the distance between the true displacement and the oracle, which fits the control "
+        "points to the truth by least squares. No registration can do this.",
+        "Bottom: the true TRE that was reached. The estimation error is the true TRE minus the approximation error.",
+        "The approximation error need not fall with every added point, because grids are not nested: a grid of 3 has a "
+        "control point in the middle of the image, where an organ lies, and a grid of 4 has none there.",
+        answer(reached), note,
+    )  # fmt: skip
     return figure
 
 
 def answer(parts: pd.DataFrame) -> str:
-    """How much of the error that the adaptive model reached is its grid's, as a sentence; "" without such a run."""
+    """Which part of the true TRE of the adaptive model is approximation error, in words; "" without such a run."""
     adaptive = parts[parts["run"] == REFERENCE]
     if adaptive.empty:
         return ""
@@ -124,10 +132,8 @@ def answer(parts: pd.DataFrame) -> str:
         own = shares[dataset]
         ends = [(own[grid], grid_label(grid)) for grid in (grid_order(own.index.to_series())[n] for n in (0, -1))]
         found.append(f"{dataset} " + " to ".join(f"{share:.2g} % at {grid}" for share, grid in ends))
-    most = (
-        "Most of the error that the adaptive model reached is estimation, not its grid. " if shares.max() < 50 else ""
-    )
-    return f"{most}The oracle's share of the error reached: {'; '.join(found)}."
+    most = "Most of the true TRE of the adaptive model is estimation error. " if shares.max() < 50 else ""
+    return f"{most}The approximation error is this share of its true TRE: {'; '.join(found)}."
 
 
 def _mean(values: pd.Series) -> tuple[float, tuple[float, float]]:
@@ -138,9 +144,9 @@ def _mean(values: pd.Series) -> tuple[float, tuple[float, float]]:
 
 
 def _parts(ax: Axes, rows: pd.DataFrame, before: float) -> None:
-    """The error reached at every grid, one column a kind of training: the oracle's part below, the gap upon it."""
+    """The true TRE at every grid, one bar per kind of training: approximation error below, estimation error on top."""
     grids, width = grid_order(rows["grid"]), 0.36
-    for shift, (kind, (tint, _)) in zip((-0.2, 0.2), _GAP.items()):
+    for shift, (kind, (tint, _)) in zip((-0.2, 0.2), _KINDS.items()):
         for position, grid in enumerate(grids):
             own = rows[(rows["kind"] == kind) & (rows["grid"] == grid)].dropna(subset=["tre_mm"])
             if own.empty:
@@ -154,5 +160,5 @@ def _parts(ax: Axes, rows: pd.DataFrame, before: float) -> None:
     if np.isfinite(before):
         ax.axhline(before, color=colour("identity"), lw=0.9, ls=":")
     ax.set_xticks(range(len(grids)), [grid.split("x")[0] if len(set(grid.split("x"))) == 1 else grid for grid in grids])
-    ax.set(xlabel="control points per axis", ylabel="error reached (mm)", ylim=(0, None), xlim=(-0.5, len(grids) - 0.5))
+    ax.set(xlabel="control points per axis", ylabel="true TRE (mm)", ylim=(0, None), xlim=(-0.5, len(grids) - 0.5))
     ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
+from gridreg.explorer import style
 from gridreg.network import GridReg
-from study.reporting.figures import style
 from study.reporting.figures.architecture import architecture_figure, sizes
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph or a failed layout is a warning of matplotlib
@@ -35,7 +35,8 @@ def test_the_architecture_is_drawn_from_a_forward_pass(tmp_path):
     shown = " ".join(" ".join(text.get_text() for text in figure.findobj(plt.Text)).split())
     for expected in ("layer 6 64 × 3×2×2", "all 12 tokens", "heads: μ of the", "3 × 36×20×24"):
         assert expected in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure2.pdf", "figure2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure2.pdf", "figure2.png", "figure2.txt"]
+    assert f"{sum(p.numel() for p in network.parameters()):,} in total" in (tmp_path / "figure2.txt").read_text()
 
 
 def test_control_points_are_counted_over_all_pieces():

@@ -33,9 +33,9 @@ def repository(folder, tmp_path) -> Path:  # noqa: F811
     values["runs"] = {"coarse": gridreg | {"grids": [[3, 3, 3]]}, "gridreg-adaptive": gridreg | {"grids": [[5, 5, 5]]}}
     values["use"] = {"datasets": ["blobs"], "trained": ["coarse", "gridreg-adaptive"], "untrained": []}
     values["train"] |= {"steps": 6, "validate_every": 3}
-    base = {"gridreg": gridreg | {"grids": [[3, 3, 3]]}}
+    values["base"] = {"gridreg": gridreg | {"grids": [[3, 3, 3]]}}
     runs = {"wide": {"of": "gridreg", "base_channels": 10}}
-    values["ablation"] = {"dataset": "blobs", "steps": 4, "use": ["wide"], "base": base, "runs": runs}
+    values["ablation"] = {"dataset": "blobs", "steps": 4, "use": ["wide"], "runs": runs}
     path.write_text(yaml.safe_dump(values))
     shutil.copytree(folder, tmp_path / "results" / "preprocess" / "blobs")
     return tmp_path

@@ -1,7 +1,7 @@
 """The ablations of ``params.yaml``: what is varied, one thing at a time, around a default (paper, Tables 2 and 3, Figure 8).
 
-The section ``ablation`` says it all: every run there names the base it is made ``of`` and what is different in it. All
-are trained on one dataset with the same, shorter budget, so they compare with each other and with nothing in Table 1.
+A run of the section ``ablation`` names the base it is made ``of`` and what is different in it. All are trained on one
+dataset with the same, shorter budget, so they compare with each other and with nothing in Table 1.
 """
 
 from __future__ import annotations
@@ -10,67 +10,46 @@ from pathlib import Path
 from typing import Any
 
 from gridreg.errors import InputError
-from study.config.schema import (
-    METHODS,
-    NAME,
-    NAMES,
-    REQUIRED,
-    UNTRAINED,
-    check_fit,
-    check_run,
-    check_section,
-    default,
-    refuse_unknown,
-    run_rules,
-    training_arguments,
-    whole,
-)
+from study.config.messages import check, refuse_unknown
+from study.config.runs import agree, complete, fit, training_arguments
+from study.config.schema import UNTRAINED, AblationRun, defaults, hints
 
-ABLATION = {
-    "dataset": NAME,
-    "steps": default(whole(1), None),  # of every run; null: those of `train`
-    "use": default(NAMES, []),  # which of runs, []: none
-}
-OWN = {"of": NAME, "seed": default(whole(0), None)}  # of a run, beside what differs from its base
+OWN = tuple(hints(AblationRun))  # of and seed, beside what differs
 BUDGET = ("steps", "epochs")  # never of one run: all have the same
 PLACE = "ablation"  # stands for the dataset where trainings are named
 
 
-def check(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
-    """Raise InputError, one sentence, at the first value of the section that is unknown or out of range; it may be missing."""
-    if "ablation" not in params:
-        return
-    section, where = params["ablation"], f"{source}: ablation"
-    check_section(section, ABLATION, where, others=("base", "runs"))
-    bases, runs = (section.get(name) or {} for name in ("base", "runs"))
-    for name, base in bases.items():
-        if not isinstance(base, dict) or base.get("method") not in METHODS or base["method"] in UNTRAINED:
-            raise InputError(f"{where}.base.{name} has no method that is trained; expected method: and a name")
-        check_section(base, run_rules(base["method"]), f"{where}.base.{name}")
-        _refuse_budget(base, f"{where}.base.{name}")
-    for name, run in runs.items():
+def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
+    """Check the section of otherwise complete values, and give it the bases, in place.
+
+    A run that cannot be trained on the dataset goes to `use.left_out`. Raises InputError.
+    """
+    section, bases = params["ablation"], params["base"]
+    section["base"] = bases
+    for name, run in section["runs"].items():
+        place = f"ablation.runs.{name}"
+        where = f"{source}: {place}"
         if not isinstance(run, dict) or run.get("of") not in bases:
-            raise InputError(f"{where}.runs.{name} is {run!r:.60}; expected of: and one of {', '.join(bases)}")
-        base = bases[run["of"]]
-        check_section(dict(base) | dict(run), run_rules(base["method"]) | OWN, f"{where}.runs.{name}")
-        _refuse_budget(run, f"{where}.runs.{name}")
-        check_run(params | {"runs": {name: _run(section, name)}}, name, f"{where}.runs.{name}")
-    for name in section.get("use", []):
-        refuse_unknown(name, runs, "run", f"{where}.use")
-    if section.get("use") and section["dataset"] not in params["use"]["datasets"]:
-        raise InputError(
-            f"{where}: dataset is {section['dataset']}, which is not in use; expected one of "
-            f"{', '.join(params['use']['datasets'])}, or an empty list under use"
-        )
-    blocks = {**params["datasets"], **params.get("unused", {})}
-    for name, run in ablations(params).items():
-        check_fit(run, section["dataset"], blocks[section["dataset"]], f"{where}.runs.{name}")
-
-
-def _refuse_budget(run: dict[str, Any], where: str) -> None:
-    for name in BUDGET:
-        if name in run:
-            raise InputError(f"{where} has {name}; expected them for all runs alike, as ablation.steps")
+            raise InputError(f"{where} is {run!r:.60}; expected of: and one of {', '.join(bases)}")
+        check({key: run[key] for key in OWN if key in run}, AblationRun, source, place)
+        whole = complete(run, bases, source, place, OWN)
+        if whole["method"] in UNTRAINED:
+            raise InputError(f"{where} has method {whole['method']}; expected a base whose method is trained")
+        for key in BUDGET:
+            if whole.get(key) is not None:
+                raise InputError(f"{where} has {key}; expected them for all runs alike, as ablation.steps")
+        agree(params | {"runs": {name: _run(section, name)}}, name, where)
+    for name in section["use"]:
+        refuse_unknown(name, section["runs"], "run", f"{source}: ablation.use")
+    if not section["use"]:
+        return
+    refuse_unknown(section["dataset"], params["datasets"], "dataset", f"{source}: ablation")
+    for name in list(section["use"]):
+        block, where = params["datasets"][section["dataset"]], f"{source}: ablation.runs.{name}"
+        reason = fit(_run(section, name), section["dataset"], block, where)
+        if reason:
+            params["use"]["left_out"][f"ablation {name}"] = reason
+            section["use"].remove(name)
 
 
 def ablations(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -86,8 +65,7 @@ def _run(section: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _full(section: dict[str, Any], base: str, differs: dict[str, Any]) -> dict[str, Any]:
     own = section["base"][base]
-    defaults = {key: rule.default for key, rule in METHODS[own["method"]].items() if rule.default is not REQUIRED}
-    return defaults | dict(own) | differs | {"steps": section.get("steps")}
+    return defaults(own["method"]) | dict(own) | differs | {"steps": section.get("steps")}
 
 
 def find(params: dict[str, Any], base: str, **differs: Any) -> str | None:

@@ -22,7 +22,7 @@ from gridreg.scans.volumes import write_displacement, write_volume
 from gridreg.spatial import Shape, warp
 from gridreg.upsampling import upsample_sigma
 from study.cohorts.dataset import Preprocessed
-from study.config.schema import UNTRAINED, training_arguments
+from study.config.schema import UNTRAINED
 from study.methods.table import build, grid_name, grid_sizes
 
 
@@ -36,16 +36,6 @@ def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, 
     network, config = load_model(folder, build)
     chosen = tuple(config["grid"]) if config["grid"] else None
     return network, grid_sizes(config["run"]), chosen, config["training"]
-
-
-def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict[str, Any]:
-    """Arguments of ``refine.refine`` by which a run is refined with the losses it was trained with, but for the Dice.
-
-    The bending weight is that of its training, times ``refine_bending``.
-    """
-    section, trained = params["evaluate"], training_arguments(params, dataset, run)
-    bending_weight = trained["bending_weight"] * trained["settings"]["bending"] * section["refine_bending"]
-    return {"steps": section["refine_steps"], "similarity": trained["similarity"], "bending_weight": bending_weight}
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import pytest
 from small_params import edit, fresh
 
 from study.config.params import load
-from study.evaluation.evaluate import refinement_arguments
+from study.config.runs import refinement_arguments
 
 
 def test_refinement_has_the_weights_of_the_training(tmp_path):

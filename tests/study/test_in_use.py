@@ -1,8 +1,11 @@
-"""Datasets in use and not: skipped aloud, set aside, and back to where they stood."""
+"""What DVC reads of params.yaml: the cohorts that are found, what is run on them, and the settings of each run."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +13,14 @@ import pytest
 from small_params import block, edit, fresh
 
 from gridreg.errors import InputError
-from study.config.params import load, update
+from study.config import ablation
+from study.config.files import read
+from study.config.params import load, training_arguments
+from study.config.pipeline import in_use, main, settings, write_in_use, write_settings
+from study.config.profiles import switch
+
+ROOT = Path(__file__).parents[2]
+DATASETS = ("prostate", "pelvis", "brain")
 
 
 @pytest.fixture
@@ -18,190 +28,221 @@ def path(tmp_path: Path) -> Path:
     return fresh(tmp_path)
 
 
-DATASETS = ("prostate", "pelvis", "brain")
-
-
-def texts(path: Path) -> dict[str, str]:
-    """The lines of every block, whichever section it stands in."""
-    lines, found, name = path.read_text().splitlines(), {}, None
-    for line in lines:
-        if line.strip().strip(":").split(":")[0] in (*DATASETS, "oasis") and line.startswith("  ") and line[2] != " ":
-            name = line.strip().split(":")[0]
-            found[name] = line
-        elif name and line.startswith("    "):
-            found[name] += "\n" + line
-        else:
-            name = None
-    return found
-
-
-def own(path: Path, folder: Path) -> None:
+def own(path: Path, folder: Path | str) -> None:
     """A dataset of the user's between the others."""
     edit(path, "datasets: [prostate, pelvis, brain]", "datasets: [prostate, oasis, brain, pelvis]  # my order")
     edit(path, "  pelvis:\n", "  # mine\n  oasis:  # ours\n" + block(folder) + "  pelvis:\n")
 
 
+def written(path: Path) -> dict:
+    return read(path.with_name("in_use.yaml"))["in_use"]
+
+
+ABLATION = """
+ablation:
+  dataset: {dataset}
+  steps: 7
+  use: [default, tenfold]
+  runs:
+    default: {{of: gridreg}}
+    tenfold: {{of: gridreg, bending: 10.0}}
+"""
+
+
+# ---- in_use.yaml --------------------------------------------------------------------------------------------------
+
+
 def test_a_missing_dataset_is_skipped_aloud_and_comes_back_to_its_place(path):
     folder = path.parent / "elsewhere"
     own(path, folder)
-    before, blocks = path.read_bytes(), texts(path)
-    for number in range(2):  # said every time, written once
-        assert update(path) == [f"dataset oasis: skipped, folder {folder} not found (named in {path})"]
+    before = path.read_bytes()
+    for _ in range(2):
+        assert write_in_use(path) == [f"dataset oasis: skipped, its folder {folder} was not found (named in {path})"]
+        assert written(path)["datasets"] == ["prostate", "brain", "pelvis"]
+        assert written(path)["cohorts"] == {name: f"data/{name}" for name in ("prostate", "brain", "pelvis")}
         params = load(path)
-        assert params["use"]["datasets"] == ["prostate", "brain", "pelvis"] and params["use"]["skipped"] == ["oasis"]
-        assert list(params["datasets"]) == list(DATASETS) and list(params["unused"]) == ["oasis"]
-        assert number == 0 or path.read_bytes() == after
-        after = path.read_bytes()
-    assert texts(path) == blocks and b"  # mine\n  oasis:  # ours\n" in after and b"  # my order\n" in after
+        assert params["use"]["datasets"] == ["prostate", "brain", "pelvis"]
+        assert params["use"]["skipped"] == {"oasis": f"its folder {folder} was not found"}
+        assert params["datasets"]["oasis"]["path"] == str(folder)
     folder.mkdir()
-    assert update(path) == [f"dataset oasis: back in use, {folder} found"]
+    assert write_in_use(path) == [] and written(path)["datasets"] == ["prostate", "oasis", "brain", "pelvis"]
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("gone", [some for n in (1, 2) for some in combinations(DATASETS, n)])
-def test_whichever_is_missing_the_comments_stay_and_all_come_back_to_the_same_bytes(path, gone):
+def test_whichever_is_missing_the_others_are_used_and_the_file_of_the_user_stays(path, gone):
+    switch(path, "paper")
     before = path.read_bytes()
     for name in gone:
         (path.parent / "cohorts" / "paper" / name).rmdir()
-    update(path, "paper")
-    params, text = load(path), path.read_text()
-    assert list(params["datasets"]) == [n for n in DATASETS if n not in gone] and set(params["unused"]) == set(gone)
-    assert "\n\n# A comment above train.\ntrain:\n" in text and text.count("#") == before.count(b"#") + 1
-    for name in reversed(gone):  # the last one first
-        (path.parent / "cohorts" / "paper" / name).mkdir()
-        assert update(path)[0] == f"dataset {name}: back in use, cohorts/paper/{name} found"
-    assert update(path) == []
-    update(path, "demo")
-    assert path.read_bytes() == before
+    assert [line.split(":")[0] for line in write_in_use(path)] == [f"dataset {n}" for n in DATASETS if n in gone]
+    assert written(path)["datasets"] == [n for n in DATASETS if n not in gone] and path.read_bytes() == before
 
 
-def test_a_profile_with_missing_folders_and_back_to_demo(path):
-    before = path.read_bytes()
-    shutil.rmtree(path.parent / "cohorts" / "paper" / "prostate")
-    update(path, "paper")
-    assert load(path)["unused"]["prostate"]["shape"] == [128, 128, 102]
-    lines = update(path, "smoke")
-    assert lines == [f"{path}: now in profile smoke", "dataset prostate: back in use, data/prostate found"]
-    update(path, "demo")
-    assert path.read_bytes() == before
-
-
-def test_a_dataset_not_named_is_set_aside_and_back_where_it_is_named_again(path):
-    before = path.read_bytes()
+def test_a_dataset_not_named_is_not_used_and_keeps_its_block(path):
     edit(path, "datasets: [prostate, pelvis, brain]", "datasets: [brain]")
-    assert update(path) == [
-        f"dataset {name}: not named in use.datasets, set aside under unused" for name in DATASETS[:2]
-    ]
-    params, after = load(path), path.read_bytes()
-    assert list(params["datasets"]) == ["brain"] and list(params["unused"]) == ["prostate", "pelvis"]
-    assert params["use"]["datasets"] == ["brain"] and params["use"]["skipped"] == params["use"]["order"] == []
-    assert update(path) == [] and path.read_bytes() == after
-    edit(path, "datasets: [brain]", "datasets: [prostate, pelvis, brain]")
-    assert update(path) == []
-    assert path.read_bytes() == before
+    assert write_in_use(path) == []
+    assert written(path)["cohorts"] == {"brain": "data/brain"} and list(load(path)["datasets"]) == list(DATASETS)
 
 
-def test_a_profile_reaches_the_datasets_set_aside_and_tells_edits_there(path):
-    edit(path, "datasets: [prostate, pelvis, brain]", "datasets: [pelvis]")
-    update(path)
-    before = path.read_bytes()
-    assert update(path, "smoke") == [f"{path}: now in profile smoke"]
-    unused = load(path)["unused"]
-    assert unused["prostate"]["spacing_mm"] == 3.75 and unused["brain"]["labels"] == [1]
-    assert list(load(path)["datasets"]) == ["pelvis"]
-    update(path, "demo")
-    assert path.read_bytes() == before
-    edit(path, "spacing_mm: 2.8", "spacing_mm: 2.9")
-    assert any("params.demo.yaml" in line for line in update(path, "smoke"))
+def test_the_bundled_cohorts_count_as_there_and_others_under_data_do_not(path):
+    assert not (path.parent / "data").exists() and write_in_use(path) == []
+    own(path, "data/oasis")
+    assert "data/oasis was not found" in write_in_use(path)[0]
+    (path.parent / "data" / "oasis").mkdir(parents=True)
+    assert write_in_use(path) == []
 
 
-def test_odd_formatting_survives_when_only_blocks_move(path):
-    edit(path, "seed: 2026", "seed:      2026   # mine")
-    edit(path, "datasets: [prostate, pelvis, brain]", "datasets:   [ prostate,pelvis ]")
-    update(path)
-    text = path.read_text()
-    assert "seed:      2026   # mine" in text and "datasets:   [ prostate,pelvis ]" in text
-
-
-def test_a_section_of_the_users_own_stays_where_it_is(path):
-    path.write_text(path.read_text() + "\nunused:  # mine\n  # far away\n  oasis:\n" + block("data/oasis").rstrip("\n"))
-    before = path.read_bytes()
-    assert update(path) == [] and path.read_bytes() == before
-    edit(path, "brain]", "oasis]")
-    update(path)
-    params, text = load(path), path.read_text()
-    assert list(params["datasets"]) == ["prostate", "pelvis", "oasis"] and list(params["unused"]) == ["brain"]
-    assert text.index("unused:  # mine\n") > text.index("runs:") and "  # far away\n  oasis:\n" in text
-
-
-def test_an_empty_section_is_no_obstacle(path):
-    edit(path, "\n# A comment above train.", "\nunused: {}\n\n# A comment above train.")
-    assert update(path) == []
-    edit(path, ", brain]", "]")
-    update(path)
-    assert list(load(path)["unused"]) == ["brain"] and path.read_text().count("unused:") == 1
-
-
-def test_the_order_of_the_user_counts_while_one_is_skipped(path):
-    folder = path.parent / "elsewhere"
-    own(path, folder)
-    update(path)
-    edit(path, "[prostate, brain, pelvis]", "[pelvis, brain]")
-    folder.mkdir()
-    update(path)
-    assert load(path)["use"]["datasets"] == ["oasis", "pelvis", "brain"]  # once again before those it stood before
-    assert list(load(path)["unused"]) == ["prostate"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("datasets:\n  # a comment", "datasets: &all\n  # a comment"),
-        ("    path: data/pelvis\n", "    path: &where data/pelvis\n    title: *where\n"),
-    ],
-)
-def test_anchors_inside_what_moves_as_a_whole_are_no_obstacle(path, old, new):
-    edit(path, old, new)
-    edit(path, "[prostate, pelvis, brain]", "[prostate, brain]")
-    update(path)
-    assert load(path)["unused"]["pelvis"]["path"] == "data/pelvis"
-
-
-@pytest.mark.parametrize("shape", ["braces", "anchors"])
-def test_blocks_that_cannot_be_moved_are_refused_and_the_file_stays(path, shape):
-    if shape == "anchors":
-        edit(path, "    shape: [32, 32, 26]\n", "    shape: &shape [32, 32, 26]\n")
-        edit(path, "    shape: [40, 48, 40]\n", "    shape: *shape\n")
-        edit(path, "[prostate, pelvis, brain]", "[pelvis, brain]")
-    else:
-        text = path.read_text()
-        start, end = text.index("datasets:\n  #"), text.index("\n# A comment above train")
-        values = (
-            "shape: [19, 19, 19], spacing_mm: 1, affine_reference: null, labels: null, "
-            "budget: 1, similarity: mse, dice_weight: 1, bending_weight: 1"
-        )
-        blocks = ", ".join(
-            f"{n}: {{path: data/{n}, {values}, max_subjects: null, max_pairs: null}}" for n in ("a", "b")
-        )
-        path.write_text(
-            (text[:start] + f"datasets: {{{blocks}}}\n" + text[end:]).replace("[prostate, pelvis, brain]", "[a]")
-        )
-    before = path.read_bytes()
-    with pytest.raises(
-        InputError, match="cannot be moved between datasets and unused; expected every dataset on lines"
-    ):
-        update(path)
-    assert path.read_bytes() == before
-
-
-def test_a_dataset_under_data_counts_as_there(path):
-    assert not (path.parent / "data").exists()
-    assert update(path) == []
-
-
-def test_no_dataset_at_all_is_refused_and_the_file_stays(path):
+def test_no_dataset_at_all_is_refused_and_nothing_is_written(path):
     shutil.rmtree(path.parent / "cohorts")
+    switch(path, "paper")
     before = path.read_bytes()
     with pytest.raises(InputError, match="no folder of any dataset.*cohorts/paper/prostate.*make cohort"):
-        update(path, "paper")
-    assert path.read_bytes() == before and not list(path.parent.glob("params.*.yaml"))
+        write_in_use(path)
+    assert path.read_bytes() == before and not path.with_name("in_use.yaml").exists()
+
+
+def test_the_file_is_written_only_when_it_changes(path):
+    write_in_use(path)
+    file = path.with_name("in_use.yaml")
+    before = file.stat().st_mtime_ns
+    write_in_use(path)
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("dataset", "reason"), [("oasis", "was skipped"), ("pelvis", "is not in use")])
+def test_without_their_dataset_the_ablations_are_left_out_aloud(path, dataset, reason):
+    own(path, "nowhere")
+    edit(path, "oasis, brain, pelvis]", "oasis, brain]")
+    path.write_text(path.read_text() + ABLATION.format(dataset=dataset))
+    assert write_in_use(path)[-1] == f"the ablations: left out, their dataset {dataset} {reason}"
+    assert written(path)["ablations"] == [] and written(path)["ablation_dataset"] == "prostate"
+    assert not [run for place, run in ablation.trainings(load(path)) if place == "ablation"]
+
+
+def test_the_ablations_of_a_dataset_in_use_are_listed(path):
+    path.write_text(path.read_text() + ABLATION.format(dataset="pelvis"))
+    write_in_use(path)
+    assert written(path)["ablations"] == ["default", "tenfold"] and written(path)["ablation_dataset"] == "pelvis"
+
+
+def test_a_node_without_the_scans_still_knows_the_cohorts_in_use(path):
+    folder = path.parent / "elsewhere"
+    own(path, folder)
+    folder.mkdir()
+    write_in_use(path)
+    folder.rmdir()
+    assert "oasis" in load(path)["use"]["datasets"] and "oasis" not in load(path, recall=False)["use"]["datasets"]
+    edit(path, str(folder), str(path.parent / "another"))
+    assert "oasis" in load(path)["use"]["skipped"]
+
+
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(path):
+    edit(path, "datasets: [prostate, pelvis, brain]", "datasets: ['no', '12']")
+    edit(path, "  pelvis:\n", "  'no':\n" + block("data/brain") + "  '12':\n" + block("data/pelvis") + "  pelvis:\n")
+    write_in_use(path)
+    assert written(path)["cohorts"] == {"no": "data/brain", "12": "data/pelvis"}
+
+
+def test_the_committed_file_is_that_of_the_committed_parameters(tmp_path):
+    names = ("params.yaml", "in_use.yaml")
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *names], cwd=ROOT, capture_output=True).returncode == 1:
+        pytest.skip("params.yaml is edited here")
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    write_in_use(shutil.copy(ROOT / "params.yaml", tmp_path))
+    assert (tmp_path / "in_use.yaml").read_bytes() == (ROOT / "in_use.yaml").read_bytes()
+
+
+# ---- results/settings.json ----------------------------------------------------------------------------------------
+
+
+def keys(path: Path) -> dict[str, str]:
+    """Every key that a stage depends on, with its value as text."""
+    write_in_use(path)
+    write_settings(path)
+    found = json.loads((path.parent / "results" / "settings.json").read_text())
+    stages = {"preprocess": 1, "train": 2, "refine": 2, "untrained": 2}
+    out = {}
+    for stage, depth in stages.items():
+        for place, values in found[stage].items():
+            each = (
+                {f"{stage}.{place}": values} if depth == 1 else {f"{stage}.{place}.{n}": v for n, v in values.items()}
+            )
+            out |= {name: json.dumps(value, sort_keys=True) for name, value in each.items()}
+    return out
+
+
+def changed(path: Path, change: Callable[[], None]) -> set[str]:
+    before = keys(path)
+    change()
+    after = keys(path)
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def of(stage: str, *runs: str, datasets: tuple[str, ...] = DATASETS) -> set[str]:
+    return {f"{stage}.{dataset}.{run}" for dataset in datasets for run in runs}
+
+
+RUNS = ("voxelmorph", "gridreg-adaptive", "gridreg-5", "gridreg-8")
+CHANGES = [
+    ("a run", "    upsampling: trilinear", "    upsampling: bspline", of("train", "gridreg-5")),
+    ("a base", "grids: [[8, 8, 8]]", "grids: [[9, 9, 9]]", of("train", "gridreg-8")),  # the other has its own grids
+    ("a base, unseen", "    grids: [[8, 8, 8]]", "    grids: [[8, 8, 8]]\n    samples: 1", set()),
+    ("what one run has itself", "batch: 4", "batch: 5", of("train", *RUNS[1:])),
+    ("a value for one dataset", "{pelvis: 0.1}", "{pelvis: 0.2}", of("train", "voxelmorph", datasets=("pelvis",))),
+    ("the seed", "seed: 2026", "seed: 1", of("train", *RUNS)),
+    ("a title", "  prostate:\n", "  prostate:\n    title: Gland\n", set()),
+    ("the budget of a dataset", "  prostate:\n", "  prostate:\n    budget: 2\n", of("train", *RUNS, datasets=DATASETS[:1])),
+    ("a weight", "bending_weight: 200000.0", "bending_weight: 1.0",
+     of("train", *RUNS, datasets=DATASETS[:1]) | {"refine.prostate.gridreg-5"}),
+    ("preprocessing", "    spacing_mm: 2.8", "    spacing_mm: 2.9", {"preprocess.prostate"}),
+    ("refinement", "\nbase:", "\nevaluate: {refine_steps: 3}\n\nbase:", of("refine", "gridreg-5")),
+    ("a comment", "seed: 2026", "seed: 2026  # lucky", set()),
+    ("a default, written out", "  gridreg-8: {of: gridreg}", "  gridreg-8: {of: gridreg, num_layers: 5}", set()),
+    ("a number, written otherwise", "learning_rate: 0.002", "learning_rate: 2e-3", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "stages"), [each[1:] for each in CHANGES], ids=[each[0] for each in CHANGES])
+def test_a_change_reaches_just_the_stages_that_depend_on_it(path, old, new, stages):
+    edit(path, "refined: []", "refined: [gridreg-5]")
+    edit(path, "    method: voxelmorph\n", "    method: voxelmorph\n    batch: 2\n    learning_rate: {pelvis: 0.1}\n")
+    text = path.read_text()  # not the batch of this run, but the one of train
+    path.write_text(text.replace("    batch: 2\n", "    batch: 2\n", 1))
+    assert changed(path, lambda: edit(path, old, new)) == stages
+
+
+def test_the_settings_are_those_that_a_training_is_given(path):
+    path.write_text(path.read_text() + ABLATION.format(dataset="pelvis"))
+    params = load(path)
+    found = settings(params)
+    assert found["train"]["brain"]["gridreg-8"] == training_arguments(params, "brain", "gridreg-8")
+    dataset, arguments = ablation.named_arguments(params, "ablation", "tenfold")
+    assert found["train"]["ablation"]["tenfold"] == arguments | {"dataset": dataset} and dataset == "pelvis"
+    assert arguments["settings"]["bending"] == 10 and arguments["settings"]["steps"] == 7
+    assert found["untrained"]["brain"]["identity"] == {"method": "identity"}
+    for name in ("profile", "seed", "use", "runs", "ablation", "evaluate", "datasets"):
+        assert found[name] == params[name]
+
+
+def test_an_ablation_depends_on_its_own_difference_alone(path):
+    path.write_text(path.read_text() + ABLATION.format(dataset="pelvis"))
+    assert changed(path, lambda: edit(path, "bending: 10.0", "bending: 20.0")) == {"train.ablation.tenfold"}
+    assert changed(path, lambda: edit(path, "steps: 7", "steps: 8")) == of(
+        "train", "default", "tenfold", datasets=("ablation",)
+    )
+
+
+def test_the_stage_refuses_lists_that_are_not_those_of_the_parameters(path, capsys, monkeypatch):
+    keys(path)
+    before = (path.parent / "results" / "settings.json").read_bytes()
+    edit(path, "[prostate, pelvis, brain]", "[pelvis, brain]")
+    monkeypatch.setattr("sys.argv", ["study.config.pipeline", "--settings", "--file", str(path)])
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert "in_use.yaml" in error and "python -m study.config.pipeline" in error and error.count("\n") == 1
+    assert (path.parent / "results" / "settings.json").read_bytes() == before
+    monkeypatch.setattr("sys.argv", ["study.config.pipeline", "--file", str(path)])
+    assert main() == 0 and written(path) == in_use(load(path))
+    write_settings(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,11 @@ from ruamel.yaml import YAML
 from small_params import block, edit, fresh
 
 from gridreg.errors import InputError
-from study.config.params import load, train_settings, update, validate
+from study.config.params import load, resolve, train_settings
+from study.config.pipeline import write_in_use
+from study.config.profiles import switch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -53,19 +59,28 @@ BAD = [
     ),
     ("method: voxelmorph", "method: voxelmorf", "unknown method 'voxelmorf'.*nearest: voxelmorph"),
     ("    method: voxelmorph\n", "", "voxelmorph has no method; expected method: and one of identity"),
-    ("\n# A comment above train.", "\nunused:", "unused is None; expected names with values"),
+    ("    method: voxelmorph\n", "    of: gridrex\n", "runs.voxelmorph: unknown base 'gridrex'.*nearest: gridreg"),
+    ("{of: gridreg}", "gridreg", "runs.gridreg-8 is 'gridreg'; expected method: .*, or of: and one of gridreg"),
+    ("{of: gridreg}", "{of: gridreg, grid: [[5, 5, 5]]}", "runs.gridreg-8: unknown parameter 'grid'.*nearest: grids"),
+    ("    method: gridreg\n", "", "base.gridreg has no method; expected method: and one of identity"),
+    ("    method: gridreg\n", "    method: gridreg\n    grid: 3\n", "base.gridreg: unknown parameter 'grid'"),
+    ("\n# A comment above train.", "\nunused:\n  oasis: {}\n", "unknown parameter 'unused'; expected one of profile"),
+    ("\n# A comment above train.", "\nevaluate:\n", "evaluate is None; expected names with values"),
     (
         "\n# A comment above train.",
-        "\nunused:\n  brain:\n" + block("x"),
-        "'brain' stands under datasets and under unused",
+        "\nevaluate: {refine_step: 3}\n",
+        "evaluate: unknown parameter .*nearest: refine_steps",
     ),
-    ("[prostate, pelvis, brain]\n  skipped: []", "[brain]\n  skipped: [brain]", "names the dataset 'brain' twice"),
+    ("    path: data/brain\n", "    path: $HOME/brain\n", "path is '.HOME/brain'; expected a path without environment"),
     (
-        "[prostate, pelvis, brain]\n  skipped: []",
-        "[brain]\n  skipped: [brian]",
-        "unknown dataset 'brian'.*nearest: brain",
+        "    path: data/brain\n",
+        "    path: ~nobody-here/brain\n",
+        "brain: path is '~nobody-here/brain'; expected a path",
     ),
-    ("    path: data/brain\n", "", "datasets.brain: path is missing; expected a text"),
+    ("    path: data/brain\n", "    path: ''\n", "datasets.brain: path is ''; expected a path"),
+    ("labels: null", "labels: 1", "labels is 1; expected a list of label numbers of at least 1, or null"),
+    ("labels: null", "affine_reference: ${REF}.nii", "affine_reference is .*; expected a path without environment"),
+    ("    path: data/brain\n", "", "datasets.brain: path is missing; expected a path"),
     ("spacing_mm: 2.8", "spacing: 2.8", "unknown parameter 'spacing'.*nearest: spacing_mm"),
     ("spacing_mm: 2.8", "spacing_mm: 0", "spacing_mm is 0; expected a number above 0"),
     ("spacing_mm: 2.8", "spacing_mm: .nan", "spacing_mm is nan; expected a number above 0"),
@@ -99,22 +114,23 @@ BAD = [
 
 
 @pytest.mark.parametrize(("old", "new", "sentence"), BAD)
-def test_bad_values_get_one_sentence_and_the_file_stays(path, old, new, sentence):
+def test_bad_values_get_one_sentence_and_nothing_is_written(path, old, new, sentence):
     edit(path, old, new)
     before = path.read_bytes()
-    with pytest.raises(InputError, match=sentence) as caught:
-        update(path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    for refuse in (load, write_in_use, lambda path: switch(path, "smoke")):
+        with pytest.raises(InputError, match=sentence) as caught:
+            refuse(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert path.read_bytes() == before
-    with pytest.raises(InputError, match=sentence):
-        load(path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["cohorts", "params.yaml", "profiles"]
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "just text", "use: 3", "datasets:\n", "\x00"])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "just text", "use: 3", "datasets:\n", "\x00", "1: 2"])
 def test_a_file_that_is_something_else_is_refused(path, content):
     path.write_text(content)
-    with pytest.raises(InputError, match="expected"):
-        update(path)
+    for refuse in (load, write_in_use, lambda path: switch(path, "smoke")):
+        with pytest.raises(InputError, match="expected"):
+            refuse(path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -126,47 +142,56 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_load_fills_in_what_was_left_out(path):
-    edit(path, "  skipped: []\n", "")
+    edit(path, "  refined: []\n", "")
     params = load(path)
-    assert params["datasets"]["brain"]["title"] == "brain"
-    assert params["use"]["skipped"] == [] and params["runs"]["gridreg-8"]["base_channels"] == 16
+    assert params["datasets"]["brain"]["title"] == "brain" and params["datasets"]["brain"]["budget"] == 1
+    assert params["use"]["refined"] == [] and params["use"]["skipped"] == {} and params["ablation"]["use"] == []
+    assert params["train"]["beta2"] == 0.999 and params["evaluate"]["refine_steps"] == 40
 
 
-@pytest.mark.parametrize(("name", "value"), [("affine_reference", "null"), ("labels", "null"), ("budget", "1.0"),
-                                             ("similarity", "mse"), ("max_subjects", "null"), ("max_pairs", "null")])  # fmt: skip
-def test_what_a_dataset_leaves_out_is_written_for_dvc_to_read(path, name, value):
+@pytest.mark.parametrize(("name", "value"), [("labels", "null"), ("similarity", "mse")])
+def test_a_default_may_be_left_out(path, name, value):
     whole = load(path)
     edit(path, f"    {name}: {value}\n", "")
     assert load(path) == whole
-    assert f"dataset prostate has the default for {name}" in " ".join(update(path))
-    assert f"{name}: {value}" in path.read_text().split("pelvis:")[0].split("datasets:")[-1]
-    assert load(path) == whole and not update(path)
 
 
-def test_what_use_leaves_out_is_written_for_dvc_to_read(path):
+def test_a_byte_order_mark_is_no_obstacle(path):
     whole = load(path)
-    edit(path, "  refined: []\n", "")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load(path) == whole
-    assert "use has the default for refined" in " ".join(update(path))
-    assert "  refined: []\n" in path.read_text() and load(path) == whole and not update(path)
 
 
-def test_the_cohort_of_the_readme_is_taken_as_it_stands(path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    added = YAML(typ="safe").load(re.search(r"Your own cohort.*?```yaml\n(.*?)```", readme, re.S)[1])
-    values = YAML(typ="safe").load(path.read_text())
+def test_a_run_is_its_base_and_what_differs(path):
+    edit(path, "  gridreg-8: {of: gridreg}", "  gridreg-8: {of: gridreg, num_layers: 4, batch: 3}")
+    runs = load(path)["runs"]
+    assert runs["gridreg-8"] == {
+        "method": "gridreg", "grids": [[8, 8, 8]], "base_channels": 16, "num_layers": 4, "upsampling": "trilinear",
+        "projector": True, "fold_free": False, "bayesian": False, "samples": 1, "batch": 3,
+    }  # fmt: skip
+    assert runs["gridreg-adaptive"]["grids"] == [[8, 8, 8], [10, 10, 10]] and runs["voxelmorph"]["width"] == 16
+
+
+@pytest.mark.parametrize("profile", ["demo", "smoke", "paper"])
+def test_the_cohort_of_the_documentation_is_taken_as_it_stands_in_every_profile(tmp_path, profile):
+    """Its block alone, in the params.yaml that comes with the clone: nothing else needs an edit."""
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/own-cohort.md")]
+    block = re.search(r"```yaml\n(.*?)```", "".join(pages), re.S)[1]
+    added = YAML(typ="safe").load(textwrap.dedent(block))
+    values = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
     for section in added:
-        values.setdefault(section, {"dataset": "prostate"}).update(added[section])
-    values["datasets"]["mine"]["path"] = str(path.parent)
+        values[section].update(added[section])
+    values["datasets"]["mine"]["path"] = str(tmp_path)
+    path = tmp_path / "params.yaml"
     with path.open("w") as file:
         YAML().dump(values, file)
-    update(path)
-    found = load(path)
-    assert (
-        found["datasets"]["mine"]["budget"] == 1.0
-        and found["use"]["datasets"] == ["mine"]
-        and found["ablation"]["use"] == []
-    )
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    mine = load(path)["datasets"]["mine"]
+    switch(path, profile)
+    lines, found = write_in_use(path), load(path)
+    assert found["datasets"]["mine"] == mine and found["use"]["datasets"] == ["mine"] and found["profile"] == profile
+    assert "gridreg-bayesian" not in found["use"]["trained"] and "gridreg-adaptive" in found["use"]["trained"]
+    assert [line.split(":")[0] for line in lines] == ["gridreg-bayesian", "the ablations"]
 
 
 def test_a_weight_of_the_bending_energy_has_no_default(path):
@@ -175,12 +200,23 @@ def test_a_weight_of_the_bending_energy_has_no_default(path):
         load(path)
 
 
-def test_a_set_aside_dataset_is_checked_and_filled_in_too(path):
-    edit(path, "\n# A comment above train", "\nunused:\n  oasis:\n" + block("data/oasis") + "\n# A comment above train")
-    assert load(path)["unused"]["oasis"]["title"] == "oasis"
+def test_a_dataset_that_is_not_in_use_is_checked_and_filled_in_too(path):
+    edit(path, "\n# A comment above train", "  oasis:\n" + block("data/oasis") + "\n# A comment above train")
+    assert load(path)["datasets"]["oasis"]["title"] == "oasis"
     edit(path, "    shape: [32, 38, 32]\n", "")
-    with pytest.raises(InputError, match="unused.oasis: shape is missing; expected three whole numbers"):
+    with pytest.raises(InputError, match="datasets.oasis: shape is missing; expected three whole numbers"):
         load(path)
+
+
+def test_a_home_is_expanded_and_other_paths_stay_as_they_are(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    edit(path, "path: data/brain\n", "path: ~/brain\n    affine_reference: ~/atlas.nii.gz\n")
+    edit(path, "path: data/pelvis", "path: ../pelvis~/x")
+    blocks = load(path)["datasets"]
+    assert (
+        blocks["brain"]["path"] == "/home/me/brain" and blocks["brain"]["affine_reference"] == "/home/me/atlas.nii.gz"
+    )
+    assert blocks["pelvis"]["path"] == "../pelvis~/x" and blocks["prostate"]["affine_reference"] is None
 
 
 def test_small_numbers_may_be_written_as_powers_of_ten(path):
@@ -217,16 +253,29 @@ def test_a_run_may_have_a_value_for_each_dataset(path):
 
 def test_a_bayesian_run_needs_mse_on_every_dataset_in_use(path):
     edit(path, "bayesian: false", "bayesian: true")
-    load(path)
+    edit(path, "refined: []", "refined: [gridreg-5, gridreg-8]")
+    assert "gridreg-5" in load(path)["use"]["trained"] and load(path)["use"]["left_out"] == {}
     edit(path, "similarity: mse", "similarity: mi")
-    with pytest.raises(InputError, match="runs.gridreg-5 is bayesian and prostate has similarity mi; expected mse"):
+    use, reason = (
+        load(path)["use"],
+        "it is bayesian and prostate has similarity mi; expected mse, of which its loss is made",
+    )
+    assert use["left_out"] == {"gridreg-5": reason} and write_in_use(path) == [f"gridreg-5: left out, {reason}"]
+    assert use["trained"] == ["voxelmorph", "gridreg-adaptive", "gridreg-8"] and use["refined"] == ["gridreg-8"]
+    edit(path, "{of: gridreg, grids: [[8, 8, 8], [10", "{of: gridreg, bayesian: true, grids: [[8, 8, 8], [10")
+    with pytest.raises(InputError, match="runs.gridreg-adaptive does not fit: it is bayesian and prostate has"):
         load(path)
     edit(path, "[prostate, pelvis, brain]", "[pelvis, brain]")
-    load(path)
+    assert "gridreg-5" in load(path)["use"]["trained"]
 
 
-def test_validate_leaves_its_argument_alone(path):
-    params = load(path)
-    before = copy.deepcopy(params)
-    validate(params)
-    assert params == before
+def test_resolving_leaves_its_argument_alone_and_a_second_time_changes_nothing(path):
+    values = YAML(typ="safe", pure=True).load(path.read_text())
+    before = copy.deepcopy(values)
+    once = resolve(values, path)
+    assert values == before
+    again = {name: dict(section) if isinstance(section, dict) else section for name, section in once.items()}
+    for name in ("skipped", "left_out"):
+        del again["use"][name]
+    del again["ablation"]["base"]
+    assert resolve(again, path)["runs"] == once["runs"]

@@ -8,14 +8,10 @@ BLOCK = """\
     path: {path}
     shape: {shape}
     spacing_mm: {spacing}
-    affine_reference: null
     labels: null
-    budget: 1.0
     similarity: mse
     dice_weight: 1.0
     bending_weight: 200000.0
-    max_subjects: null
-    max_pairs: null
 """
 
 
@@ -30,7 +26,6 @@ seed: 2026
 
 use:
   datasets: [prostate, pelvis, brain]
-  skipped: []
   trained: [voxelmorph, gridreg-adaptive, gridreg-5, gridreg-8]
   untrained: [identity]
   refined: []
@@ -50,6 +45,11 @@ train:
   learning_rate: 0.002
   validate_every: 100
 
+base:
+  gridreg:
+    method: gridreg
+    grids: [[8, 8, 8]]
+
 runs:
   identity:
     method: identity
@@ -60,12 +60,8 @@ runs:
     grids: [[5, 5, 5]]  # control points
     upsampling: trilinear
     bayesian: false
-  gridreg-8:
-    method: gridreg
-    grids: [[8, 8, 8]]
-  gridreg-adaptive:
-    method: gridreg
-    grids: [[8, 8, 8], [10, 10, 10]]
+  gridreg-8: {{of: gridreg}}
+  gridreg-adaptive: {{of: gridreg, grids: [[8, 8, 8], [10, 10, 10]]}}
 """
 OVERLAY = """\
 datasets:
@@ -73,13 +69,13 @@ datasets:
   pelvis: {{path: {where}/pelvis, shape: {shape}}}
   brain: {{path: {where}/brain, labels: {labels}}}
 train: {{steps: {steps}, epochs: {epochs}, batch: 4, learning_rate: {rate}}}
-runs:
-  gridreg-8: {{grids: {grids}}}
+base:
+  gridreg: {{grids: {grids}}}
 """
 
 
 def fresh(folder: Path) -> Path:
-    """A small params.yaml in profile demo, three profiles, and the folders of the profile paper."""
+    """A small params.yaml in profile demo, three profiles, and the folders of the profile paper. Returns the first."""
     (folder / "profiles").mkdir()
     for profile, values in {
         "demo": dict(

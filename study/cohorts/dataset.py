@@ -11,14 +11,12 @@ import nibabel
 import numpy as np
 
 from gridreg.errors import InputError
+from gridreg.scans.landmarks import read_points
 from gridreg.scans.pair import Pair
-from gridreg.scans.volumes import read_points
 from study.benchmark.memory import available_mb
 from study.cohorts.truth import pair_truth
 
-SPARED = (
-    0.5  # share of the memory that is free at the start, which is left to others: all that keep images look at the same
-)
+SPARED = 0.5  # of the memory that is free at the start: left to other processes, which look at the same memory
 
 
 def load_index(folder: Path | str) -> dict:
@@ -32,9 +30,8 @@ def load_index(folder: Path | str) -> dict:
 class Preprocessed:
     """Access to one preprocessed folder. Images, labels and landmarks are read once and kept in memory.
 
-    As long as half of the memory that was free at the start is left; what comes then is read anew each time (3384 brains
-    of 160×192×160 take 67 GB).
-    The arrays handed out are the kept ones: copy before writing into them.
+    They are kept as long as half of the memory that was free at the start is left. What comes later is read anew each
+    time: 3384 brains of 160×192×160 take 67 GB. The arrays handed out are the kept ones: copy before writing into them.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -86,7 +83,7 @@ class Preprocessed:
         return pair_truth(self.folder, fixed, moving)
 
     def pair(self, fixed: str, moving: str) -> Pair:
-        """All that is known about two subjects, read once."""
+        """All that is known about two subjects, with the notes of preprocessing on either; read once."""
         records = self._record(fixed), self._record(moving)
         return Pair(
             f"{fixed} ← {moving}", self.image(fixed), self.image(moving), self.affine, self.spacing,
@@ -95,7 +92,7 @@ class Preprocessed:
             labels=(self.labels(fixed), self.labels(moving)),
             label_names={int(value): name for value, name in self.index["labels"].items()},
             landmarks=(self.landmarks(fixed), self.landmarks(moving)), truth=self.truth(fixed, moving),
-            simulated=self.index["simulated"],
+            simulated=self.index["simulated"], notes=tuple(note for r in records for note in r.get("notes", ())),
         )  # fmt: skip
 
     def _keep(self, kind: str, subject: str, read: Callable[[], Any]) -> Any:

@@ -4,26 +4,40 @@ A cohort is a folder with ``dataset.json`` (or one ``*_dataset.json``, such as L
 lists image files; nothing is opened here but that one file. What Learn2Reg releases do differently is evened out:
 
 * entries under ``training``, ``test`` are dictionaries (``image``, ``label``, ``mask``, ``landmarks``, ``patient``) or paths;
-  what an entry does not name is looked for in the neighbouring folder, e.g. ``imagesTs/x.nii.gz`` has
-  ``labelsTs/x.nii.gz``, ``masksTs/x.nii.gz``, ``landmarksTs/x.csv`` and ``truthTs/x.nii.gz``;
+  what an entry does not name is looked for in the neighbouring folder (``study.cohorts.files``), e.g.
+  ``imagesTs/x.nii.gz`` has ``labelsTs/x.nii.gz``, ``masksTs/x.nii.gz``, ``landmarksTs/x.csv``, ``truthTs/x.nii.gz``;
+* an entry without ``patient`` gets one from its name (``study.cohorts.patients``);
 * pairs stand under ``registration_val`` or ``validation``, ``training_paired_images`` or ``registration_train``, ...;
   members are paths or subject names; a path that no list names (LUMIR's ``imagesVal``) is fine if the file exists;
 * a subject of a validation or test pair never trains, nor does another visit of the same patient;
 * a release without test pairs (LUMIR keeps its test set to itself) is tested on its validation pairs, and
   384 of every 3384 training patients, the last ones listed, become the validation set (Section 4 of the paper:
-  3000 / 384 / 40). ``Cohort.notes`` says so.
+  3000 / 384 / 40).
+
+``Cohort.found`` says what was found, ``Cohort.notes`` what differs from the release or from what it says of itself.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 from gridreg.errors import InputError
-from study.cohorts.splits import SPLITS, Subject, hold_out, implied_pairs, neighbours, patient_of, validate_on_training
+from gridreg.scans.files import read_text
+from study.cohorts.files import Neighbours, id_of
+from study.cohorts.patients import patients_of
+from study.cohorts.splits import (
+    SPLITS,
+    Subject,
+    check_stated,
+    hold_out,
+    implied_pairs,
+    neighbours,
+    validate_on_training,
+)
 
 SUBJECT_KEYS = {"train": ("training",), "val": ("validation", "val"), "test": ("test", "testing")}
 PAIR_KEYS = {
@@ -36,7 +50,13 @@ MOST_IMPLIED_PAIRS = 30_000  # 3000 subjects have nine million ordered pairs: te
 
 @dataclass(frozen=True)
 class Cohort:
-    """A cohort as its ``dataset.json`` states it; ``pairs[split]`` holds (fixed id, moving id)."""
+    """A cohort as its ``dataset.json`` states it.
+
+    subjects  {id: scan}
+    pairs     {split: [(fixed id, moving id), …]}
+    found     sentences: how many patients by which rule, how many images with what
+    notes     sentences: what differs from the release, or from what it says of itself
+    """
 
     name: str
     file: Path
@@ -45,6 +65,7 @@ class Cohort:
     label_names: dict[int, str]
     subjects: dict[str, Subject]
     pairs: dict[str, list[tuple[str, str]]]
+    found: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
 
 
@@ -52,11 +73,12 @@ def read_cohort(source: Path | str) -> Cohort:
     """Read the cohort in folder ``source`` (or the named JSON file itself).
 
     Raises InputError for a missing or malformed ``dataset.json``, one without training subjects or without anything
-    to test on, a pair that lacks a member, or one that names an unknown subject.
+    to test on, a pair that lacks a member, one that names an unknown subject, or a stated patient both in the test set
+    and elsewhere.
     """
     file = find_dataset_json(Path(source))
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = json.loads(read_text(file))
     except (ValueError, OSError) as error:
         raise InputError(f"{file}: found text that is not JSON ({error}), expected Learn2Reg's keys.") from error
     if not isinstance(info, dict):
@@ -64,19 +86,23 @@ def read_cohort(source: Path | str) -> Cohort:
 
     subjects: dict[str, Subject] = {}
     pairs: dict[str, list[tuple[str, str]]] = {}
+    files = Neighbours()
     for split in SPLITS:
         for entry in _items(info, SUBJECT_KEYS[split]):
             if not _is_pair(entry):
-                _add(subjects, _subject(entry, split, file), file)
+                _add(subjects, _subject(entry, split, file, files.beside), file)
     if not any(s.split == "train" for s in subjects.values()):
         raise InputError(f"{file}: found no subject under 'training', expected a list of images.")
-    if len({s.patient for s in subjects.values()}) == 1:  # OAS1_0001, OAS1_0002 …: the last number is the patient's
-        subjects = {name: replace(subject, patient=name) for name, subject in subjects.items()}
     for split in SPLITS:
         entries = [entry for entry in _items(info, PAIR_KEYS[split]) if _is_pair(entry)]
-        pairs[split] = list(dict.fromkeys(_pair(entry, split, subjects, file) for entry in entries))
+        pairs[split] = list(dict.fromkeys(_pair(entry, split, subjects, file, files.beside) for entry in entries))
 
-    notes: list[str] = []
+    stated = {name: subject.patient for name, subject in subjects.items() if subject.patient}
+    check_stated(subjects, pairs, stated, file)
+    patients, found = patients_of(subjects, stated)
+    subjects = {name: replace(subject, patient=patients[name]) for name, subject in subjects.items()}
+    found.append(_counted(subjects))
+    notes = _other_numbers(info) + files.notes(subjects.values())
     for split in ("val", "test"):
         listed = [s.id for s in subjects.values() if s.split == split]
         if listed and not pairs[split]:
@@ -110,6 +136,7 @@ def read_cohort(source: Path | str) -> Cohort:
         label_names=_label_names(info.get("labels")),
         subjects=subjects,
         pairs=pairs,
+        found=tuple(found),
         notes=tuple(notes),
     )
 
@@ -162,11 +189,6 @@ def find_dataset_json(source: Path) -> Path:
     return candidates[0]
 
 
-def id_of(path: str | Path) -> str:
-    """File name without folder and without .nii, .nii.gz or .csv."""
-    return re.sub(r"(\.nii)?(\.gz)?(\.csv)?$", "", Path(path).name)
-
-
 def _items(info: dict, keys: tuple[str, ...]) -> list:
     """The lists under ``keys``, joined (some releases write 0 or {} for an empty list)."""
     return [entry for key in keys if isinstance(info.get(key), list) for entry in info[key]]
@@ -176,44 +198,66 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, dict) and ("fixed" in entry or "moving" in entry)
 
 
-def _subject(entry: object, split: str, file: Path) -> Subject:
-    """A subject from a dictionary with 'image' or a mere path; its other files by name or neighbouring folder."""
+def _subject(entry: object, split: str, file: Path, beside: Callable[[Path, str], Path | None]) -> Subject:
+    """A subject from a dictionary with 'image' or a mere path; its other files by name or ``beside`` the image."""
     named = {"image": entry} if isinstance(entry, str) else entry
     if not isinstance(named, dict) or not isinstance(named.get("image"), str):
         raise InputError(f"{file}: found the {split} entry {entry!r}, expected a path or an object with 'image'.")
     image = file.parent / named["image"]
-    subject_id = id_of(image)
-
-    def beside(kind: str, suffix: str) -> Path | None:
-        folder = image.parent.name.replace("images", kind, 1)
-        path = image.parent.parent / folder / (subject_id + suffix)
-        return path if folder != image.parent.name and path.is_file() else None
+    patient = named.get("patient")
+    if isinstance(patient, (bool, float, list, dict)):
+        raise InputError(f"{file}: found the patient {patient!r} of {image.name}, expected a name or a whole number.")
 
     def stated(key: str) -> Path | None:  # named in the file: it must exist, which is checked when it is read
         return file.parent / named[key] if isinstance(named.get(key), str) else None
 
-    nii = ".nii" if image.name.endswith(".nii") else ".nii.gz"
     return Subject(
-        id=subject_id,
-        patient=str(named.get("patient", patient_of(subject_id))),
+        id=id_of(image),
+        patient="" if patient is None else str(patient).strip(),  # "": not stated
         split=split,
         image=image,
-        label=stated("label") or stated("mask") or beside("labels", nii) or beside("masks", nii),
+        label=stated("label") or stated("mask") or beside(image, "label"),
         # Learn2Reg's keypoints are automatic, belong to one pair each and state no unit: they are no landmarks
-        landmarks=stated("landmarks") or beside("landmarks", ".csv"),
-        truth=stated("truth") or beside("truth", ".nii.gz"),
+        landmarks=stated("landmarks") or beside(image, "landmarks"),
+        truth=stated("truth") or beside(image, "truth"),
     )
 
 
+def _counted(subjects: dict[str, Subject]) -> str:
+    labels, points, truth = (
+        sum(getattr(s, kind) is not None for s in subjects.values()) for kind in ("label", "landmarks", "truth")
+    )
+    return f"{len(subjects)} images: {labels} with labels, {points} with landmarks, {truth} with a true deformation"
+
+
+def _other_numbers(info: dict) -> list[str]:
+    """Where ``numTraining`` and its like say another number than that of the entries listed."""
+    notes = []
+    for key, number in info.items():
+        name = key.removeprefix("num")
+        lists = [
+            info[k]
+            for k in (name, name[:1].lower() + name[1:])
+            if key.startswith("num") and isinstance(info.get(k), list)
+        ]
+        if lists and str(number).isdecimal() and int(number) != len(lists[0]):
+            notes.append(f"{key} says {number}, {len(lists[0])} are listed")
+    return notes
+
+
 def _add(subjects: dict[str, Subject], subject: Subject, file: Path) -> None:
+    """Add a subject; one that is listed twice belongs to the later split, so that nobody tested trains."""
     known = subjects.setdefault(subject.id, subject)
     if known.image != subject.image:
         raise InputError(
             f"{file}: found '{subject.id}' both as {known.image} and {subject.image}, expected unique file names."
         )
+    subjects[subject.id] = replace(known, split=subject.split)
 
 
-def _pair(entry: dict, split: str, subjects: dict[str, Subject], file: Path) -> tuple[str, str]:
+def _pair(
+    entry: dict, split: str, subjects: dict[str, Subject], file: Path, beside: Callable[[Path, str], Path | None]
+) -> tuple[str, str]:
     """(fixed id, moving id); a member that no list names is added if its path leads to a file."""
     members = []
     for role in ("fixed", "moving"):
@@ -228,7 +272,7 @@ def _pair(entry: dict, split: str, subjects: dict[str, Subject], file: Path) -> 
                     f"{file}: found '{name}' as {role} image of a {split} pair, "
                     "expected a subject listed under 'training' or 'test', or an existing file."
                 )
-            _add(subjects, _subject(name, split, file), file)
+            _add(subjects, _subject(name, split, file, beside), file)
         members.append(id_of(name))
     if members[0] == members[1]:
         raise InputError(

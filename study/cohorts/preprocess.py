@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,10 +17,22 @@ from tqdm import tqdm
 
 from gridreg.errors import InputError
 from gridreg.scans.align import Reference, read_reference
+from gridreg.scans.intensity import Intensity
+from gridreg.scans.landmarks import write_landmarks
 from gridreg.scans.prepare import Target, fresh_processes, prepare_scan
-from gridreg.scans.volumes import SMALLEST, write_field_mm, write_landmarks, write_volume
+from gridreg.scans.start import Start, choose_start
+from gridreg.scans.volumes import SMALLEST, write_field_mm, write_volume
 from study.cohorts.learn2reg import Cohort, limit, read_cohort
 from study.cohorts.splits import Subject
+from study.locks import whole_folder
+
+FILES = {  # what a record of the index promises → folder and ending
+    "image": ("images", ".nii.gz"),
+    "label": ("labels", ".nii.gz"),
+    "landmarks": ("landmarks", ".csv"),
+    "truth": ("truth", ".nii.gz"),
+}
+NOTES_SHOWN = 3  # of those on single scans; all are in the records of the index
 
 
 def preprocess_dataset(
@@ -33,6 +43,10 @@ def preprocess_dataset(
     shape: tuple[int, int, int],
     spacing_mm: float,
     affine_reference: str | Path | None = None,
+    start: str | None = None,
+    window: tuple[float, float] | None = None,
+    padding_value: float | None = None,
+    nan: str = "refuse",
     labels: list[int] | None = None,
     max_subjects: int | dict[str, int] | None = None,
     max_pairs: int | dict[str, int] | None = None,
@@ -41,11 +55,18 @@ def preprocess_dataset(
 ) -> dict:
     """Preprocess the cohort in ``source`` into the folder ``out`` and return its index (also ``out/index.json``).
 
-    shape: (W, H, D) in voxels; spacing_mm: isotropic; affine_reference: None, "mni152" or a NIfTI path; labels: those
-    to keep, the others become background (None: all); max_subjects, max_pairs: a number for each split or
-    {"train" | "val" | "test": number}.
-    ``out`` appears complete or not at all; an older result there is replaced. Raises InputError for input that
-    cannot be used.
+    shape             (W, H, D) in voxels
+    spacing_mm        isotropic
+    affine_reference  None, "mni152" or a NIfTI path
+    start             where scans lie before registration: "headers", "centre", "affine" (with a reference) or None, see
+                      ``gridreg.scans.start``
+    window, padding_value, nan    see ``gridreg.scans.intensity.Intensity``
+    labels            those to keep, the others become background (None: all)
+    max_subjects, max_pairs       a number for each split or {"train" | "val" | "test": number}
+    progress          show a bar, and print what was found and noted
+
+    ``out`` appears complete or not at all, an older result there is replaced, and two processes take turns
+    (``study.locks``). Raises InputError for input that cannot be used, and for a full disk.
     """
     out = Path(out)
     ours = (out / "index.json").is_file()
@@ -57,34 +78,50 @@ def preprocess_dataset(
             f"dataset '{name}': found the shape {shape} and the spacing {spacing_mm} mm, "
             f"expected three numbers of voxels from {SMALLEST} up and a positive spacing."
         )
+    if affine_reference is None and start == "affine":
+        raise InputError(f"dataset '{name}': found start: affine, expected affine_reference: mni152 or an image file.")
+    if affine_reference is not None and start not in (None, "affine"):
+        raise InputError(
+            f"dataset '{name}': found start: {start} beside affine_reference, expected one of the two: "
+            "scans that are aligned start from the alignment."
+        )
+    intensity = Intensity(None if window is None else tuple(window), padding_value, nan)
     cohort = limit(read_cohort(source), max_subjects, max_pairs)
     reference = None if affine_reference is None else read_reference(affine_reference)
     target = Target(shape, float(spacing_mm), (0.0, 0.0, 0.0) if reference is None else tuple(reference.centre))
+    if reference is None:
+        begin = choose_start([subject.image for subject in cohort.subjects.values()], target, start)
+    else:
+        begin = Start("affine")
 
-    for left in out.parent.glob(f".{out.name}.*"):  # by a run that was killed
-        if left.suffix[1:].isdecimal():
-            shutil.rmtree(left, ignore_errors=True)
-    temporary = out.parent / f".{out.name}.{os.getpid()}"
-    try:
-        job = partial(preprocess_subject, out=temporary, target=target, labels=labels, reference=reference)
+    with whole_folder(out, check=_check_complete) as folder:
+        job = partial(
+            preprocess_subject, out=folder, target=target, labels=labels, reference=reference, start=begin,
+            intensity=intensity,
+        )  # fmt: skip
         # alignment is only reproducible in a process in which ITK has not run yet, so never in this one
         processes = workers if workers > 1 or reference is not None else 0
         records = _run(job, list(cohort.subjects.values()), processes, f"preprocess {name}" if progress else None)
-        index = _index(cohort, records, name, target, affine_reference, labels)
-        (temporary / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        _replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        index = _index(cohort, records, name, target, begin, affine_reference, labels)
+        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    for sentence in [*index["found"], *index["notes"]] if progress else ():
+        print(f"{name}: {sentence}")
     return index
 
 
 def preprocess_subject(
-    subject: Subject, out: Path, target: Target, labels: list[int] | None = None, reference: Reference | None = None
+    subject: Subject,
+    out: Path,
+    target: Target,
+    labels: list[int] | None = None,
+    reference: Reference | None = None,
+    start: Start = Start("centre"),
+    intensity: Intensity = Intensity(),
 ) -> dict:
     """Bring one subject to the target grid, write its files under ``out`` and return its entry of the index."""
     if subject.split == "train":  # nothing may learn from the truth, and that of 3000 subjects would fill a disk
         subject = replace(subject, truth=None)
-    scan = prepare_scan(subject, target, labels, reference)
+    scan = prepare_scan(subject, target, labels, reference, start.centre_mm, intensity)
     write_volume(out / "images" / f"{subject.id}.nii.gz", scan.image, target.affine)
     record = {
         "split": subject.split, "patient": subject.patient, "label": scan.labels is not None,
@@ -98,6 +135,8 @@ def preprocess_subject(
         write_landmarks(out / "landmarks" / f"{subject.id}.csv", scan.landmarks)
     if scan.truth_mm is not None:
         write_field_mm(out / "truth" / f"{subject.id}.nii.gz", scan.truth_mm, target.affine)
+    if scan.notes:
+        record["notes"] = list(scan.notes)
     return record
 
 
@@ -110,7 +149,13 @@ def _run(job: partial, subjects: list[Subject], processes: int, title: str | Non
 
 
 def _index(
-    cohort: Cohort, records: dict, name: str, target: Target, reference: str | Path | None, labels: list[int] | None
+    cohort: Cohort,
+    records: dict,
+    name: str,
+    target: Target,
+    start: Start,
+    reference: str | Path | None,
+    labels: list[int] | None,
 ) -> dict:
     """The content of index.json."""
     values = sorted({v for record in records.values() for v in record.pop("label_values", [])})
@@ -122,24 +167,37 @@ def _index(
     orientations = Counter(record["orientation"] for record in records.values() if record["orientation"] != "RAS")
     turned = [f"{n} of {len(records)} scans were turned from {o} to RAS" for o, n in orientations.items()]
     kept = [record["kept"] for record in records.values()]
+    doubtful = [record["notes"][0] for record in records.values() if "notes" in record]
+    how_many = [f"{len(doubtful)} of {len(records)} scans have notes, the first of them:"] if doubtful else []
     return {
         "name": name,
         "simulated": cohort.simulated,
         "shape": list(target.shape),
         "spacing_mm": target.spacing_mm,
+        "start": start.kind,
         "labels": {str(v): cohort.label_names.get(v, f"label {v}") for v in values},
         "subjects": records,
         "pairs": {split: [list(p) for p in pairs] for split, pairs in cohort.pairs.items()},
         "source": f"{cohort.name} ({cohort.file.name})",
         "affine_reference": None if reference is None else str(reference),
-        "notes": [*cohort.notes, *turned, f"the crop keeps {min(kept):.0%} to {max(kept):.0%} of a scan's intensity"],
-    }
+        "found": list(cohort.found),
+        "notes": [
+            *cohort.notes, *start.notes, *turned, f"the crop keeps {min(kept):.0%} to {max(kept):.0%} of a scan's intensity",
+            *how_many, *doubtful[:NOTES_SHOWN],
+        ],
+    }  # fmt: skip
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    """Put the finished folder in the place of an older one."""
-    old = temporary.with_name(temporary.name + ".old")
-    if out.exists():
-        os.replace(out, old)
-    os.replace(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
+def _check_complete(folder: Path) -> None:
+    """InputError unless every file that the index promises is there."""
+    index = folder / "index.json"
+    subjects = json.loads(index.read_text(encoding="utf-8"))["subjects"] if index.is_file() else {}
+    promised = [folder / name / f"{subject}{ending}" for kind, (name, ending) in FILES.items()
+                for subject, record in subjects.items() if record.get(kind, kind == "image")]  # fmt: skip
+    missing = [path for path in promised if not path.is_file() or not path.stat().st_size]
+    if missing or not promised:
+        lost = (missing or [index])[0]
+        raise InputError(
+            f"{lost}: found no such file after preprocessing ({len(promised) - len(missing)} of {len(promised)} are there), "
+            "expected it until the folder is renamed; has another process removed it?"
+        )

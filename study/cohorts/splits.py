@@ -1,12 +1,12 @@
 """Who trains, who validates, who is tested, and which pairs follow where a release lists none.
 
-A subject of a validation or test pair never trains, nor does another visit of the same patient. These functions change
-the ``subjects`` and ``pairs`` they are given and add a line to ``notes`` for whatever was not in the release itself.
+A subject of a validation or test pair never trains, nor does another visit of the same patient. No other visit of a test
+patient validates. These functions change the ``subjects`` and ``pairs`` they are given and add a line to ``notes`` for
+whatever is not in the release itself.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +27,6 @@ class Subject(Scan):
     split: str = ""
 
 
-def patient_of(subject_id: str) -> str:
-    """The id without its last ``_NNNN`` (visit or modality), unless that is the only number in it.
-
-    An entry of dataset.json may name its ``patient`` instead.
-    """
-    stem = re.sub(r"_\d{4}$", "", subject_id)
-    return stem if re.search(r"\d", stem) else subject_id
-
-
 def neighbours(subjects: dict[str, Subject], ids: list[str]) -> list[tuple[str, str]]:
     """Pairs for a split that lists none: successive visits of a patient if there are any, else successive subjects."""
     successive = list(zip(ids[1:], ids[:-1]))  # (fixed, moving), as LUMIR does
@@ -43,13 +34,29 @@ def neighbours(subjects: dict[str, Subject], ids: list[str]) -> list[tuple[str, 
     return visits or successive
 
 
+def check_stated(subjects: dict[str, Subject], pairs: dict, stated: dict[str, str], file: Path) -> None:
+    """InputError where the split puts scans with one stated patient ({id: patient}) into the test set and elsewhere."""
+    tested = {m for pair in pairs["test"] for m in pair} | {s.id for s in subjects.values() if s.split == "test"}
+    validated = {m for pair in pairs["val"] for m in pair} - tested
+    for name, patient in stated.items():
+        other = next((m for m in tested if stated.get(m) == patient), None)
+        if name not in tested and other is not None:
+            raise InputError(
+                f"{file}: found patient '{patient}' in {'validation' if name in validated else 'training'} ({name}) "
+                f"and in test ({other}), expected each patient in one of them."
+            )
+
+
 def hold_out(subjects: dict[str, Subject], pairs: dict, notes: list[str]) -> None:
     """Move members of validation and test pairs to their split; nobody who shares a patient with them trains."""
     for split in ("val", "test"):  # test last: a subject in both is never looked at before the end
         for member in {m for pair in pairs[split] for m in pair}:
             subjects[member] = replace(subjects[member], split=split)
-    tested = {m for pair in pairs["test"] for m in pair}
-    pairs["val"] = [pair for pair in pairs["val"] if not set(pair) & tested]
+    tested = {s.patient for s in subjects.values() if s.split == "test"}
+    kept = [pair for pair in pairs["val"] if not {subjects[m].patient for m in pair} & tested]
+    if len(kept) < len(pairs["val"]):
+        notes.append(f"{len(pairs['val']) - len(kept)} validation pair(s) of test patients are left out")
+    pairs["val"] = kept
     seen = {s.patient for s in subjects.values() if s.split != "train"}
     leaking = [s.id for s in subjects.values() if s.split == "train" and s.patient in seen]
     for name in leaking:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gridreg.errors import InputError
-from study.cohorts.learn2reg import id_of, limit, read_cohort
-from study.cohorts.splits import patient_of
+from study.cohorts.files import id_of
+from study.cohorts.learn2reg import limit, read_cohort
 
 
 def write(folder: Path, info: dict, name: str = "dataset.json", files: tuple[str, ...] = ()) -> Path:
@@ -122,7 +122,7 @@ def test_longitudinal_pairs_keep_patients_together(tmp_path):
     assert cohort.pairs["train"] == [(f"prostate_{p:04d}_0000", f"prostate_{p:04d}_0001") for p in range(3)]
     del info["training_paired_images"]
     implied = read_cohort(write(tmp_path, info)).pairs["train"]
-    assert len(implied) == 6 and all(patient_of(f) == patient_of(m) for f, m in implied)
+    assert len(implied) == 6 and all(f.rsplit("_", 1)[0] == m.rsplit("_", 1)[0] for f, m in implied)
     info["registration_test"] = [pair(visit[4][0], visit[3][0])]
     info["registration_val"] = [pair(*visit[2])]
     cohort = read_cohort(write(tmp_path, info))
@@ -153,16 +153,12 @@ def test_limit_keeps_whole_pairs(tmp_path):
             limit(cohort, **bad)
 
 
-@pytest.mark.parametrize(
-    ("path", "subject", "patient"),
-    [
-        ("./imagesTr/brain_0001_0000.nii.gz", "brain_0001_0000", "brain_0001"),
-        ("a/subject_0007.nii", "subject_0007", "subject_0007"),
-        ("x_0001.csv", "x_0001", "x_0001"),
-    ],
-)
-def test_ids(path, subject, patient):
-    assert id_of(path) == subject and patient_of(subject) == patient
+@pytest.mark.parametrize(("path", "subject"), [
+    ("./imagesTr/brain_0001_0000.nii.gz", "brain_0001_0000"), ("a/subject_0007.nii", "subject_0007"), ("x_0001.csv", "x_0001"),
+    ("B.1.NII.GZ", "B.1"), ("x.mrk.json", "x"), ("x.fcsv", "x"),
+])  # fmt: skip
+def test_ids(path, subject):
+    assert id_of(path) == subject
 
 
 def test_one_number_in_a_name_is_the_patients_and_an_entry_may_name_its_patient(tmp_path):
@@ -172,7 +168,7 @@ def test_one_number_in_a_name_is_the_patients_and_an_entry_may_name_its_patient(
     )
     cohort = read_cohort(write(tmp_path, info))
     assert len({s.patient for s in cohort.subjects.values()}) == 8 and len(set(cohort.pairs["train"])) == 4 * 3
-    info["training"] = [{"image": name, "patient": "p0" if n in (0, 6) else f"p{n}"} for n, name in enumerate(names)]
+    info["training"] = [{"image": name, "patient": "p0" if n in (0, 4) else f"p{n}"} for n, name in enumerate(names)]
     cohort = read_cohort(write(tmp_path, info))
     assert "OAS1_0000" not in cohort.subjects and "1 training scan(s) of validation or test patients" in cohort.notes[0]
 
@@ -223,3 +219,57 @@ def test_refused_folders(tmp_path):
     (tmp_path / "b_dataset.json").write_text("{}")
     with pytest.raises(InputError, match="found a_dataset.json, b_dataset.json, expected"):
         read_cohort(tmp_path)
+
+
+@pytest.mark.parametrize(("image", "label"), [
+    ("brain_{:03d}_0000.nii.gz", "brain_{:03d}.nii"), ("brain_{:03d}_0000.nii.gz", "brain_{:03d}.nii.gz"),
+    ("brain_{:03d}.nii.gz", "brain_{:03d}_0000.nii.gz"), ("brain_{:03d}.nii", "brain_{:03d}.nii.gz"),
+    ("brain_{:03d}.nii.gz", "brain_{:03d}.NII.GZ"),
+])  # fmt: skip
+@pytest.mark.parametrize("folder", ["labelsTr", "masksTr"])
+def test_labels_under_another_ending_or_without_the_modality(tmp_path, image, label, folder):
+    listed = [f"./imagesTr/{image.format(i)}" for i in range(8)]
+    write(tmp_path, {"numTraining": 100, "training": [{"image": i} for i in listed],
+                     "registration_test": [pair(listed[0], listed[1])]},
+          files=(*listed, *(f"{folder}/{label.format(i)}" for i in range(8))))  # fmt: skip
+    cohort = read_cohort(tmp_path)
+    assert all(s.label == tmp_path / folder / label.format(int(n.split("_")[1])) for n, s in cohort.subjects.items())
+    assert cohort.found[1] == "8 images: 8 with labels, 0 with landmarks, 0 with a true deformation"
+    assert cohort.notes[0] == "numTraining says 100, 8 are listed" and not any(
+        "labels" in note for note in cohort.notes
+    )
+
+
+def test_the_file_with_the_images_own_name_comes_first(tmp_path):
+    listed = images("imagesTr", range(6))
+    stem = "labelsTr/brain_0001"
+    write(tmp_path, cohort_info(training=listed), files=(f"{stem}.nii.gz", f"{stem}_0000.nii", f"{stem}_0000.nii.gz"))
+    assert read_cohort(tmp_path).subjects["brain_0001_0000"].label == tmp_path / f"{stem}_0000.nii.gz"
+
+
+def test_what_fits_no_image_is_counted_and_named(tmp_path):
+    listed, tested = images("imagesTr", range(6)), images("imagesTs", range(6, 9))
+    write(tmp_path, cohort_info(training=listed, numTest=7, numRegistration_val=1), files=(
+        *listed, *tested, "imagesTr/brain_0099_0000.nii.gz", "imagesTr/.hidden.nii.gz", "imagesTr/read_me.txt",
+        *(f"labelsTr/brain_{i:04d}_seg.nii.gz" for i in range(5)), "labelsTr/brain_0005_0000.nii.gz",
+        *(f"labelsTs/brain_{i:04d}.nrrd" for i in range(6, 9)),
+        "landmarksTs/brain_0006.csv", "landmarksTs/brain_0007_0000.mrk.json", "landmarksTs/brain_eight.fcsv",
+    ))  # fmt: skip
+    cohort = read_cohort(tmp_path)
+    assert cohort.found[1] == "9 images: 1 with labels, 2 with landmarks, 0 with a true deformation"
+    assert cohort.notes == (
+        "numTest says 7, 3 are listed",
+        "imagesTr: 1 of 7 files are not listed (brain_0099_0000.nii.gz)",
+        "imagesTr: 5 of 6 listed images have no label map (brain_0000_0000.nii.gz, brain_0001_0000.nii.gz, brain_0002_0000.nii.gz, …)",
+        "labelsTr: 5 of 6 files belong to no listed image (brain_0000_seg.nii.gz, brain_0001_seg.nii.gz, brain_0002_seg.nii.gz, …)",
+        "imagesTs: 3 of 3 listed images have no label map (brain_0006_0000.nii.gz, brain_0007_0000.nii.gz, brain_0008_0000.nii.gz)",
+        "labelsTs: 3 of 3 files belong to no listed image (brain_0006.nrrd, brain_0007.nrrd, brain_0008.nrrd)",
+        "landmarksTs: 1 of 3 files belong to no listed image (brain_eight.fcsv)",
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_dataset_json_of_any_editor(tmp_path, encoding):
+    info = cohort_info(name="Schädel", licence="© Müller")
+    (tmp_path / "dataset.json").write_bytes(json.dumps(info, ensure_ascii=False).encode(encoding))
+    assert read_cohort(tmp_path).name == "Schädel"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from pathlib import Path
 
 import nibabel
@@ -13,10 +15,12 @@ from scipy.spatial.transform import Rotation
 
 from gridreg.errors import InputError
 from gridreg.scans.align import Reference, align
+from gridreg.scans.geometry import apply_affine
+from gridreg.scans.intensity import normalise
 from gridreg.scans.prepare import Target, centred, fresh_processes
-from gridreg.scans.resample import normalise, resample_field, resample_image, resample_labels
-from gridreg.scans.volumes import apply_affine, read_image, write_displacement, write_field_mm, write_volume
-from study.cohorts import dataset
+from gridreg.scans.resample import resample_field, resample_image, resample_labels
+from gridreg.scans.volumes import read_image, write_displacement, write_field_mm, write_volume
+from study.cohorts import dataset, preprocess
 from study.cohorts.dataset import Preprocessed, load_index
 from study.cohorts.preprocess import preprocess_dataset
 from study.cohorts.truth import correspondence, pair_truth
@@ -81,14 +85,18 @@ def landmark(d: np.ndarray, lattice: np.ndarray, affine: np.ndarray, goal: tuple
     return p
 
 
-OPTIONS = dict(name="blobs", shape=(24, 24, 24), spacing_mm=1.0, progress=False)
+OPTIONS = dict(name="blobs", shape=(24, 24, 24), spacing_mm=1.0, start="centre", progress=False)
 
 
 def test_whole_dataset(cohort, tmp_path):
     index = preprocess_dataset(cohort, tmp_path / "out", **OPTIONS)
     assert index == load_index(tmp_path / "out") and index["simulated"] and index["affine_reference"] is None
     assert index["labels"] == {"1": "shell", "2": "core"} and index["shape"] == [24, 24, 24]
-    assert "6 of 6 scans were turned from LAS to RAS" in index["notes"]
+    assert "6 of 6 scans were turned from LAS to RAS" in index["notes"] and index["start"] == "centre"
+    assert index["found"] == [
+        "6 patients inferred from the names of 6 scans, one scan each (brain_0000_0000 is patient brain_0000)",
+        "6 images: 6 with labels, 2 with landmarks, 6 with a true deformation",
+    ]
     data = Preprocessed(tmp_path / "out")
     assert data.pairs("test") == [("brain_0004_0000", "brain_0005_0000")] and len(data.pairs("train")) == 2
     np.testing.assert_allclose(data.affine @ (11.5, 11.5, 11.5, 1), (0, 0, 0, 1), err_msg="grid centre")
@@ -203,7 +211,7 @@ def test_intensities():
     stripped[10, 10, 10] = 90000  # one bright vessel does not darken everything else
     out = normalise(stripped)
     assert out.dtype == np.float32 and out[0, 0, 0] == 0 and out.max() == 1 and 0.55 < out[4:9, 4:9, 4:9].mean() < 0.65
-    np.testing.assert_allclose(normalise(stripped * 5 - 1024), out, atol=1e-5, err_msg="gain and offset do not matter")
+    np.testing.assert_allclose(normalise(stripped * 5 - 500), out, atol=1e-5, err_msg="gain and offset do not matter")
     noisy = rng.normal(100, 10, (20, 20, 20)).astype(np.float32)
     assert normalise(noisy).min() == 0 and normalise(noisy).max() == 1 and abs(normalise(noisy).mean() - 0.5) < 0.05
 
@@ -245,10 +253,14 @@ def damage(kind: str, cohort: Path) -> dict:
         test.unlink()
     if kind == "nan":
         write_volume(test, np.full((32, 30, 28), np.nan, np.float32), LAS)
-    if kind == "no overlap":  # a crop of the centre, where this scan is empty
-        image = np.zeros((32, 30, 28), np.float32)
-        image[:3] = 1
-        write_volume(test, image, LAS)
+    if kind == "no overlap":  # headers that put one scan beside the others
+        far = LAS.copy()
+        far[:3, 3] += 500
+        for part in ("images", "labels"):
+            write_volume(
+                cohort / f"{part}Ts/brain_0005_0000.nii.gz", nibabel.load(test).get_fdata(dtype=np.float32), far
+            )
+        (cohort / "landmarksTs/brain_0005_0000.csv").unlink()
     if kind == "label beside the crop":
         labels = np.zeros((32, 30, 28), np.int16)
         labels[0, 0, 0] = 1
@@ -258,10 +270,16 @@ def damage(kind: str, cohort: Path) -> dict:
     if kind == "landmark beside the crop":
         (cohort / "landmarksTs/brain_0005_0000.csv").write_text("name,x_voxel,y_voxel,z_voxel\nfar,0,15,14\n")
     return {
+        "no overlap": {"start": "headers"},
         "shape": {"shape": (24, 24)},
         "spacing": {"spacing_mm": 0},
         "unknown label": {"labels": [1, 5]},
-        "reference": {"affine_reference": "nowhere.nii.gz"},
+        "reference": {"affine_reference": "nowhere.nii.gz", "start": None},
+        "start": {"start": "middle"},
+        "start and reference": {"affine_reference": "mni152"},
+        "start without reference": {"start": "affine"},
+        "window": {"window": (300, 200)},
+        "nan option": {"nan": "zero"},
     }.get(kind, {})
 
 
@@ -270,7 +288,11 @@ def damage(kind: str, cohort: Path) -> dict:
     [
         ("missing file", "brain_0005_0000.nii.gz: found no such file", "a NIfTI volume"),
         ("nan", "imagesTs/brain_0005_0000.nii.gz: found 26880 voxels that are NaN", "finite"),
-        ("no overlap", "no overlap between the image and the 24×24×24 voxels (1 mm) crop", "contains part of it"),
+        (
+            "no overlap",
+            "imagesTs/brain_0005_0000.nii.gz: found next to nothing of the scan",
+            "an overlap by the headers",
+        ),
         ("label beside the crop", "no labelled voxel inside the 24×24×24", "part of the mask"),
         ("label of another shape", "labelsTs/brain_0005_0000.nii.gz: found the shape 32×30×27", "32×30×28"),
         ("landmark beside the crop", "landmarksTs/brain_0005_0000.csv: found landmark 'far'", "inside the 24×24×24"),
@@ -278,6 +300,11 @@ def damage(kind: str, cohort: Path) -> dict:
         ("spacing", "spacing 0", "positive spacing"),
         ("unknown label", "found the labels [1] in the cohort", "[5] among them"),
         ("reference", "nowhere.nii.gz: found no such file", "a NIfTI volume"),
+        ("start", "start: found 'middle'", "headers, centre, affine"),
+        ("start and reference", "found start: centre beside affine_reference", "one of the two"),
+        ("start without reference", "found start: affine", "affine_reference: mni152"),
+        ("window", "window: found (300, 200)", "the lower one first"),
+        ("nan option", "nan: found 'zero'", "refuse or background"),
     ],
 )
 def test_refused_and_nothing_left(cohort, tmp_path, kind, found, expected):
@@ -287,6 +314,104 @@ def test_refused_and_nothing_left(cohort, tmp_path, kind, found, expected):
         preprocess_dataset(cohort, out, **OPTIONS | options)
     assert found in str(error.value) and expected in str(error.value).split("expected", 1)[1], str(error.value)
     assert not out.parent.exists() or not list(out.parent.iterdir()), "nothing half-written"
+
+
+def test_what_was_found_and_noted_is_on_screen_and_in_the_index(cohort, tmp_path, capsys):
+    name = "brain_0005_0000"
+    file = cohort / f"imagesTs/{name}.nii.gz"
+    image = nibabel.load(file)
+    image.set_qform(image.affine + np.eye(4, k=3) * 12, code="scanner")  # two forms that differ
+    nibabel.save(image, file)
+    info = json.loads((cohort / "dataset.json").read_text())
+    (cohort / "dataset.json").write_text(json.dumps(info | {"numTraining": 30}))
+    index = preprocess_dataset(cohort, tmp_path / "out", **OPTIONS | {"progress": True})
+    (note,) = index["subjects"][name]["notes"]
+    assert str(file) in note and [k for k, record in index["subjects"].items() if "notes" in record] == [name]
+    assert index["notes"][0] == "numTraining says 30, 4 are listed" and index["notes"][-1] == note
+    assert index["notes"][-2].startswith("1 of 6 scans have notes")
+    assert capsys.readouterr().out.splitlines() == [f"blobs: {line}" for line in index["found"] + index["notes"]]
+    data = Preprocessed(tmp_path / "out")
+    assert data.pair(*data.pairs("test")[0]).notes == (note,)
+
+
+def test_headers_or_centres(cohort, tmp_path):
+    """One scan lies 6 mm to the left of where the others' headers put theirs: headers keep that, centres undo it."""
+    far = LAS.copy()
+    far[0, 3] -= 6
+    for part in ("images", "labels"):
+        file = cohort / f"{part}Ts/brain_0005_0000.nii.gz"
+        write_volume(file, np.asarray(nibabel.load(file).dataobj), far)
+    (cohort / "landmarksTs/brain_0005_0000.csv").unlink()
+    centres = preprocess_dataset(cohort, tmp_path / "centre", **OPTIONS)
+    headers = preprocess_dataset(cohort, tmp_path / "headers", **OPTIONS | {"start": None})
+    assert headers["start"] == "headers" and any("6.0 mm" in note for note in headers["notes"])
+    for name in centres["subjects"]:
+        a, b = (Preprocessed(tmp_path / start).image(name) for start in ("centre", "headers"))
+        moved = 6 if name == "brain_0005_0000" else 0
+        np.testing.assert_allclose(b[: 24 - moved], a[moved:], atol=1e-5)
+
+
+def test_intensity_options_reach_every_scan(cohort, tmp_path):
+    """A window, a padding value and NaN backgrounds (SPM writes them) of a whole cohort."""
+    plain = preprocess_dataset(cohort, tmp_path / "plain", **OPTIONS | {"window": (0, 1400)})
+    for part in ("Tr", "Ts"):
+        for file in (cohort / f"images{part}").iterdir():
+            image = nibabel.load(file).get_fdata(dtype=np.float32)
+            image[image == 0] = np.nan
+            image[:2] = -3024
+            write_volume(file, image, LAS)
+    with pytest.raises(InputError, match="NaN"):
+        preprocess_dataset(cohort, tmp_path / "out", **OPTIONS)
+    options = {"window": (0, 1400), "padding_value": -3024, "nan": "background"}
+    assert (
+        preprocess_dataset(cohort, tmp_path / "out", **OPTIONS | options)["subjects"].keys() == plain["subjects"].keys()
+    )
+    for name in plain["subjects"]:
+        a, b = (Preprocessed(tmp_path / folder).image(name) for folder in ("plain", "out"))
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_two_at_once_take_turns_and_both_are_whole(cohort, tmp_path, capsys):
+    out, indexes = tmp_path / "out", []
+    threads = [
+        threading.Thread(target=lambda: indexes.append(preprocess_dataset(cohort, out, **OPTIONS))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert indexes[0] == indexes[1] == load_index(out)
+    assert len(list((out / "images").iterdir())) == 6 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "cohort",
+        "out",
+    ]
+    assert capsys.readouterr().out.count("waiting until it has finished") == 1
+
+
+def test_a_file_that_disappears_meanwhile_and_a_full_disk(cohort, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = preprocess_dataset(cohort, out, **OPTIONS)
+    write = preprocess.write_volume
+
+    def lose_one(path, *rest):
+        write(path, *rest)
+        if path.name == "brain_0005_0000.nii.gz":
+            (path.parent / "brain_0003_0000.nii.gz").unlink(missing_ok=True)
+
+    monkeypatch.setattr(preprocess, "write_volume", lose_one)
+    with pytest.raises(
+        InputError, match=r"images/brain_0003_0000.nii.gz: found no such file after preprocessing \(16 of 18 "
+    ):
+        preprocess_dataset(cohort, out, **OPTIONS | {"labels": [1]})
+
+    def full(path, *rest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preprocess, "write_volume", full)
+    with pytest.raises(InputError, match=f"{out}: found no space left on device .* expected room for all of it"):
+        preprocess_dataset(cohort, out, **OPTIONS)
+    assert load_index(out) == first and sorted(p.name for p in tmp_path.iterdir()) == ["cohort", "out"]
+    assert len(list((out / "images").iterdir())) == 6, "a failure leaves the older result alone"
 
 
 def test_an_older_result_is_replaced_and_nothing_else(cohort, tmp_path):

@@ -48,8 +48,8 @@ def first_look(registered: Registered) -> Look:
     return Look(central_voxel(pair.labels[0], pair.shape), overlay=registered.maps()[0])
 
 
-class Shown(Figure):
-    """A figure that a notebook shows by itself: pyplot, which would see to that, is not needed here."""
+class NotebookFigure(Figure):
+    """A figure that a notebook shows by itself, as one of pyplot would be shown."""
 
     def _repr_png_(self) -> bytes:
         return png(self)
@@ -95,7 +95,7 @@ class View:
         heights = [mm[up] * inch for _, _, up, _ in VIEWS.values()]
         width = LEFT + 4 * PANEL + 3 * GAP + RIGHT
         height = TOP + sum(heights) + 2 * GAP + BOTTOM
-        self.figure = Shown((width, height), dpi=DPI)
+        self.figure = NotebookFigure((width, height), dpi=DPI)
         self.canvas = FigureCanvasAgg(self.figure)
         self.panels, self.heads = {}, []
         top = height - TOP
@@ -241,7 +241,7 @@ def error_figure(registered: Registered) -> Figure | None:
         return None
     error, sigma = known
     with styled(), mpl.rc_context({"axes.titlesize": 9}):
-        figure = Shown((7.2, 3.2), dpi=DPI)  # a layout engine would draw everything twice
+        figure = NotebookFigure((7.2, 3.2), dpi=DPI)  # a layout engine would draw everything twice
         left, right = (figure.add_axes((x, 0.225, 0.345, 0.69)) for x in (0.08, 0.6))
         predicted, found = spread_bins(error, sigma)
         most = 1.05 * max(predicted.max(), found.max())

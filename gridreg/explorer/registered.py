@@ -1,6 +1,6 @@
 """What the uncertainty explorer computes: a registered pair, voxel by voxel in millimetres, samples, and the error.
 
-No widgets and no drawing here: ``explorer_view`` draws, ``explorer_widgets`` puts sliders to it.
+No widgets and no drawing here: ``picture`` draws, ``widgets`` puts sliders to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""."""
+"""Slices of a volume as radiologists see them, with contours, letters and the lines of a deformed grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""."""
+"""Colours, fonts and colour maps that figures and explorer share."""
 
 from __future__ import annotations
 

@@ -1,8 +1,13 @@
-"""The explorer's 3-D view: the fixed image under a map in mm, as three slices and a body to turn (needs WebGL)."""
+"""The explorer in JupyterLab: sliders beside a picture that can be clicked, and a view in 3-D.
+
+The picture is drawn in Python and sent as PNG, so it needs neither WebGL nor the network; only the view in 3-D does need
+WebGL. Every control can be reached by keyboard. A click in the picture does what the three sliders of the crosshair do.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import html
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,39 +28,6 @@ from gridreg.explorer.picture import COMPARISONS, VECTORS, Look, View, error_fig
 from gridreg.explorer.registered import AXES, Registered, load_network, measure, read_out, register_pair
 from gridreg.scans.export import save
 from gridreg.scans.pair import Pair
-
-
-def volume_view(registered: Registered, overlay: str = "", opacity: float = 0.5, height: int = 400) -> NiiVue:
-    """An ipyniivue widget of the fixed image and one of ``Registered.maps`` (by default the first), on the case's grid.
-
-    Slices are shown as radiologists do, the patient's right on the left and the face on the left, as everywhere here.
-    """
-    values = np.nan_to_num(registered.map_mm(overlay or registered.maps()[0]))
-    viewer = NiiVue(
-        height=height, multiplanar_show_render=ShowRender.ALWAYS, is_radiological_convention=True, sagittal_nose_left=True,
-        crosshair_width=0.7, crosshair_width_unit="mm", crosshair_color=(1, 1, 1, 0.8), show_3d_crosshair=True,
-        is_colorbar=True,
-    )  # fmt: skip
-    viewer.load_volumes([
-        _volume("fixed.nii", registered.pair.fixed, registered, colormap="gray", colorbar_visible=False),
-        _volume("map.nii", values, registered, colormap="viridis", opacity=opacity, cal_min=0.0,
-                cal_max=float(np.percentile(values, 99.5)) or 1.0),
-    ])  # fmt: skip
-    return viewer
-
-
-def _volume(name: str, values: np.ndarray, registered: Registered, **look) -> Volume:
-    """NIfTI bytes inside the notebook: no file, no server."""
-    image = nibabel.Nifti1Image(values.astype(np.float32), registered.pair.affine)
-    return Volume(name=name, data=image.to_bytes(), **look)
-
-
-# MERGED The uncertainty explorer in JupyterLab: sliders and a picture that can be clicked, around ``explorer_view``.
-#
-# Everything is drawn in Python and sent as PNG, so it needs neither WebGL nor the network. Every control can be reached by
-# keyboard; a click in the picture does what the three sliders of the crosshair do.
-#
-
 
 GRIDS = (3, 20)  # control points per axis that the slider offers
 FRAMES = 40  # of flicker and samples
@@ -115,9 +87,14 @@ class Explorer(widgets.VBox):
     """
 
     def __init__(self, sources: Mapping[str, Source], start: str | None = None, out: Path | str = "explored"):
-        start = next(iter(sources), None) if start is None else start
+        if not sources:
+            raise InputError(
+                "found no trained GridReg whose images are there, expected one under checkpoints/<dataset> or "
+                "results/train/<dataset>/<run>."
+            )
+        start = next(iter(sources)) if start is None else start
         if start not in sources:
-            raise InputError(f"found no model for '{start}', expected one of {', '.join(sources) or 'none'}.")
+            raise InputError(f"found no model '{start}', expected one of {', '.join(sources)}.")
         self.sources, self.out = sources, Path(out)
         self._waiting: asyncio.TimerHandle | None = None
         self.dataset = widgets.Dropdown(options=list(sources), value=start, description="model")
@@ -172,9 +149,9 @@ class Explorer(widgets.VBox):
         try:
             call(*arguments)
         except OSError as error:
-            self.said.value = f"<b>{error.filename}: {error.strerror}; expected to be able to read and write it.</b>"
+            self.said.value = f"<b>{html.escape(str(error.filename))}: {error.strerror}; expected to be able to read and write it.</b>"
         except ValueError as error:
-            self.said.value = f"<b>{error}</b>"
+            self.said.value = f"<b>{html.escape(str(error))}</b>"
 
     def _later(self, call: Callable[[], None]) -> None:
         """Do it when no control waits for an answer; another such call takes its place."""
@@ -214,7 +191,7 @@ class Explorer(widgets.VBox):
             names, kept = registered.maps(), self.overlay.value
             self.overlay.options = names
             self.overlay.value = kept if kept in names else names[0]
-        self.said.value = "<br>".join(pair.notes)
+        self.said.value = "<br>".join(map(html.escape, pair.notes))
         self._show(registered)
 
     def _register(self) -> None:
@@ -266,7 +243,8 @@ class Explorer(widgets.VBox):
 
     def _save(self) -> None:
         files = save(self.view.pair, self.registered.displacement, self.out, self.registered.sigma_mm)
-        self.said.value = "written: " + ", ".join(map(str, files))
+        notes = "".join(f"<br>{html.escape(note)}" for note in self.view.pair.notes)
+        self.said.value = "written: " + html.escape(", ".join(map(str, files))) + notes
 
 
 def read_out_table(found: dict[str, Any]) -> str:
@@ -291,3 +269,28 @@ def measured_table(rows: pd.DataFrame) -> str:
                    for name, row in rows.iterrows())  # fmt: skip
     head = "".join(f"<th>{when}</th>" for when in rows)
     return f"<table style='line-height: 1.4; font-size: 90%'><tr><th></th>{head}</tr>{body}</table>"
+
+
+def volume_view(registered: Registered, overlay: str = "", opacity: float = 0.5, height: int = 400) -> NiiVue:
+    """An ipyniivue widget of the fixed image and one of ``Registered.maps`` (by default the first), on the pair's grid.
+
+    Slices are shown as radiologists do, the patient's right on the left and the face on the left, as everywhere here.
+    """
+    values = np.nan_to_num(registered.map_mm(overlay or registered.maps()[0]))
+    viewer = NiiVue(
+        height=height, multiplanar_show_render=ShowRender.ALWAYS, is_radiological_convention=True, sagittal_nose_left=True,
+        crosshair_width=0.7, crosshair_width_unit="mm", crosshair_color=(1, 1, 1, 0.8), show_3d_crosshair=True,
+        is_colorbar=True,
+    )  # fmt: skip
+    viewer.load_volumes([
+        _volume("fixed.nii", registered.pair.fixed, registered, colormap="gray", colorbar_visible=False),
+        _volume("map.nii", values, registered, colormap="viridis", opacity=opacity, cal_min=0.0,
+                cal_max=float(np.percentile(values, 99.5)) or 1.0),
+    ])  # fmt: skip
+    return viewer
+
+
+def _volume(name: str, values: np.ndarray, registered: Registered, **look) -> Volume:
+    """NIfTI bytes inside the notebook: no file, no server."""
+    image = nibabel.Nifti1Image(values.astype(np.float32), registered.pair.affine)
+    return Volume(name=name, data=image.to_bytes(), **look)

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from gridreg.errors import InputError
-from gridreg.scans.resample import normalise, resample_image
-from gridreg.scans.volumes import RAS_TO_LPS, apply_affine, read_image
+from gridreg.scans.geometry import RAS_TO_LPS, apply_affine, corners
+from gridreg.scans.intensity import normalise
+from gridreg.scans.resample import resample_image
+from gridreg.scans.volumes import read_image
 
 WORKING_MM = 2.0
 # at 12, 8, 4 and 2 mm; ANTs' default (2100, 1200, 1200, 10) took three times as long and, on three real scans,
@@ -35,6 +37,7 @@ class Reference:
     image: np.ndarray  # (W, H, D) at WORKING_MM
     affine: np.ndarray  # (4, 4) voxel -> world RAS mm
     centre: np.ndarray  # (3,) world RAS mm, centre of the foreground's bounding box
+    oriented: bool = True  # whether it is known which side is left
 
 
 def read_reference(reference: str | Path) -> Reference:
@@ -45,18 +48,34 @@ def read_reference(reference: str | Path) -> Reference:
         template = load_mni152_template(resolution=int(WORKING_MM))
         mask = load_mni152_brain_mask(resolution=int(WORKING_MM))
         brain = template.get_fdata(dtype=np.float32) * mask.get_fdata(dtype=np.float32)
-        image, affine = normalise(brain), template.affine
-    else:
-        volume = read_image(reference)
-        image, affine = working_copy(normalise(volume.data), volume.affine)
-    inside = np.argwhere(image > FOREGROUND)
-    return Reference(str(reference), image, affine, apply_affine(affine, (inside.min(0) + inside.max(0)) / 2))
+        return as_reference("mni152", normalise(brain), template.affine)
+    volume = read_image(reference)
+    image = normalise(volume.data, name=str(reference))
+    return as_reference(str(reference), *working_copy(image, volume.affine), volume.geometry.oriented)
+
+
+def as_reference(name: str, image: np.ndarray, affine: np.ndarray, oriented: bool = True) -> Reference:
+    """What an image in [0, 1] on an upright 2 mm grid is as a reference."""
+    return Reference(name, image, affine, centre_of(image, affine), oriented)
+
+
+def content_box(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The world box, RAS mm, around the foreground of an image in [0, 1]: (lowest, highest), (2, 3)."""
+    foreground = image > FOREGROUND
+    along = [np.flatnonzero(foreground.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    ends = np.array([(at[0], at[-1]) for at in along])  # (3, 2) voxels
+    world = apply_affine(affine, np.array([[i, j, k] for i in ends[0] for j in ends[1] for k in ends[2]], float))
+    return np.stack([world.min(axis=0), world.max(axis=0)])
+
+
+def centre_of(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """World RAS mm of the centre of the box around the foreground of an image in [0, 1], (3,)."""
+    return content_box(image, affine).mean(axis=0)
 
 
 def working_copy(image: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The whole image on an upright 2 mm grid: (array, voxel → world affine)."""
-    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(image.shape) - 1)
-    world = apply_affine(affine, corners)
+    world = apply_affine(affine, corners(image.shape))
     shape = tuple(int(n) for n in np.ceil(np.ptp(world, axis=0) / WORKING_MM) + 1)
     grid = np.diag([WORKING_MM] * 3 + [1.0])
     grid[:3, 3] = world.min(axis=0)

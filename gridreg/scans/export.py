@@ -2,60 +2,69 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import map_coordinates
 
+from gridreg.scans.files import renamed
+from gridreg.scans.geometry import RAS_TO_LPS
 from gridreg.scans.pair import Pair
-from gridreg.scans.resample import resample_field
-from gridreg.scans.volumes import Volume, apply_affine, read_image, write_field_mm, write_volume
+from gridreg.scans.volumes import SlabWriter, read_geometry, read_stored
+
+SLAB = 2**19  # voxels that are worked on at once
 
 
 def save(pair: Pair, displacement: np.ndarray, folder: Path | str, sigma_mm: np.ndarray | None = None) -> list[Path]:
-    """Write a registration on the voxels of the fixed scan, in the scanner's world; returns the files.
+    """Write a registration on the voxels of the fixed scan, in stored order, shape and affine; returns the files.
 
     displacement      (3, W, H, D) in voxels of the pair's grid
     sigma_mm          (3, W, H, D) standard deviation along each array axis, or None
     warped.nii.gz     the moving scan at full resolution and with its own intensities; its lowest value outside it
     displacement.nii.gz   ITK displacement field (LPS mm) from the fixed to the moving scan, for ITK, ANTs and 3D Slicer
     sigma_mm.nii.gz   √(σx² + σy² + σz²), in the millimetres of the moving scan where an affine alignment scaled it
+    registration.json     the two files, and the notes of the pair
 
-    Outside the preprocessed grid the values of its border are continued.
+    A point p of the fixed scan is q on the pair's grid, q + u(q) is its partner there, and the partner's own ``to_source``
+    brings it to the moving scan. Outside the grid the values of its border are continued. It is all done in slabs: beside
+    the moving scan as it is stored, little memory is needed. InputError where a scan cannot be read any more.
     """
-    fixed, moving = (read_image(path) for path in pair.files)
-    world = voxel_mm(fixed)
-    field = scan_field_mm(pair, displacement, fixed)
-    at = np.moveaxis(apply_affine(np.linalg.inv(moving.affine), world + np.moveaxis(field, 0, -1)), -1, 0)
-    warped = map_coordinates(moving.data, at, order=1, mode="constant", cval=float(moving.data.min()))
     folder = Path(folder)
-    files = [folder / "warped.nii.gz", folder / "displacement.nii.gz"]
-    write_volume(files[0], warped.astype(np.float32), fixed.affine)
-    write_field_mm(files[1], field, fixed.affine)
+    fixed, moving = read_geometry(pair.files[0]), read_stored(pair.files[1])
+    warped, field, sigma = (folder / f"{name}.nii.gz" for name in ("warped", "displacement", "sigma_mm"))
+    files = {warped: 1, field: 3} | ({sigma: 1} if sigma_mm is not None else {})
+    to_grid = np.linalg.inv(pair.to_source[0] @ pair.affine) @ fixed.affine  # voxel of the scan → voxel of the grid
+    to_world = pair.to_source[1] @ pair.affine  # voxel of the grid → world of the moving scan
+    to_moving = np.linalg.inv(moving.geometry.affine) @ to_world
+    length = None
     if sigma_mm is not None:
-        to_grid = np.linalg.inv(pair.to_source[0] @ pair.affine)
-        at = np.moveaxis(apply_affine(to_grid, world), -1, 0)
         stretch = np.linalg.norm(pair.to_source[1][:3, :3] @ (pair.affine[:3, :3] / pair.spacing), axis=0)
         length = np.sqrt(np.square(sigma_mm * stretch[:, None, None, None]).sum(0))
-        files.append(folder / "sigma_mm.nii.gz")
-        write_volume(files[2], map_coordinates(length, at, order=1, mode="nearest").astype(np.float32), fixed.affine)
-    return files
+    lowest = moving.lowest
+    deep = max(1, SLAB // (fixed.shape[0] * fixed.shape[1]))
+    with SlabWriter(files, fixed) as writer:
+        for first in range(0, fixed.shape[2], deep):
+            voxel = np.indices((*fixed.shape[:2], min(deep, fixed.shape[2] - first)), float)
+            voxel[2] += first
+            at = _mapped(to_grid, voxel)
+            partner = at + [map_coordinates(u, at, order=1, mode="nearest") for u in displacement]
+            raw = map_coordinates(
+                moving.raw, _mapped(to_moving, partner), np.float64, order=1, mode="constant", cval=lowest
+            )
+            writer.write(warped, raw * moving.slope + moving.inter)
+            vectors = _mapped(to_world, partner) - _mapped(fixed.affine, voxel)
+            writer.write(field, vectors * RAS_TO_LPS[:, None, None, None])
+            if length is not None:
+                writer.write(sigma, map_coordinates(length, at, order=1, mode="nearest"))
+    record = folder / "registration.json"
+    content = {"fixed": str(pair.files[0]), "moving": str(pair.files[1]), "files": [path.name for path in files],
+               "notes": list(pair.notes)}  # fmt: skip
+    with renamed(record) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [*files, record]
 
 
-def voxel_mm(volume: Volume) -> np.ndarray:
-    """(W, H, D, 3) world RAS mm of every voxel of a volume."""
-    return apply_affine(volume.affine, np.moveaxis(np.indices(volume.data.shape), 0, -1))
-
-
-def scan_field_mm(pair: Pair, displacement: np.ndarray, fixed: Volume) -> np.ndarray:
-    """The displacement between the scans, on the fixed scan's voxels: (3, W', H', D') in world RAS mm.
-
-    A point p of the fixed scan is q on the preprocessed grid, q + u(q) is its partner there, and the partner's own
-    ``to_source`` brings it to the moving scan.
-    """
-    mm = np.einsum("ab,bijk->aijk", pair.affine[:3, :3], displacement)
-    to_grid = np.linalg.inv(pair.to_source[0])
-    from_p = resample_field(mm, pair.affine, fixed.affine, to_grid, fixed.data.shape)  # q + u(q) - p
-    world = voxel_mm(fixed)
-    partner = apply_affine(pair.to_source[1], world + np.moveaxis(from_p, 0, -1))
-    return np.moveaxis(partner - world, -1, 0).astype(np.float32)
+def _mapped(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (3, …) through a 4×4 matrix."""
+    return np.tensordot(affine[:3, :3], points, 1) + affine[:3, 3, None, None, None]

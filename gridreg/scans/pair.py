@@ -12,14 +12,26 @@ from pathlib import Path
 import numpy as np
 
 from gridreg.errors import InputError
-from gridreg.scans.align import read_reference
-from gridreg.scans.prepare import Prepared, Scan, Target, fresh_processes, prepare_scan
-from gridreg.scans.volumes import apply_affine
+from gridreg.scans.align import align, as_reference, content_box, read_reference, working_copy
+from gridreg.scans.geometry import apply_affine, check_orientations
+from gridreg.scans.intensity import Intensity, normalise
+from gridreg.scans.prepare import (
+    LITTLE_KEPT,
+    Prepared,
+    Scan,
+    Target,
+    centred,
+    centred_on_content,
+    fresh_processes,
+    placed,
+    prepare,
+    prepare_scan,
+)
+from gridreg.scans.start import STARTS, decide_start
+from gridreg.scans.volumes import read_image
 
-LITTLE_KEPT = 0.5  # share of a scan's intensity inside the grid below which a note says so
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A fixed and a moving image on one grid, (W, H, D) in canonical RAS, and what is known about them.
 
@@ -31,6 +43,7 @@ class Pair:
     labels               (fixed, moving) int16 maps, or None where a scan has none
     landmarks            (fixed, moving) {name: (3,) voxels}, or None where a scan has none
     truth                (true displacement (3, W, H, D) in voxels, where it is known (W, H, D) bool), or None
+    notes                sentences on whatever was in doubt and what was chosen
     """
 
     title: str
@@ -78,12 +91,16 @@ def read_pair(
     shape: tuple[int, int, int],
     spacing_mm: float,
     affine_reference: Path | str | None = None,
+    start: str | None = None,
+    intensity: Intensity = Intensity(),
 ) -> Pair:
     """Two NIfTI files on a grid of ``shape`` voxels of ``spacing_mm``.
 
-    affine_reference: None, "mni152" or an image file, to which both scans are aligned first. Without it each scan's
-    centre comes to the centre of the grid: headers need not agree. InputError for a file that cannot be used, or the
-    same file twice.
+    affine_reference  None, "mni152" or an image file, to which both scans are aligned first
+    start             without a reference: "headers", "centre", "affine" (the moving scan is aligned to the fixed one) or None:
+                      headers where both scans state an orientation and overlap by them, else centre
+
+    InputError for a file that cannot be used, or the same file twice.
     """
     files = {"fixed": fixed, "moving": moving}
     for role, path in files.items():
@@ -95,10 +112,8 @@ def read_pair(
     if files["fixed"].resolve() == files["moving"].resolve():
         raise InputError(f"{fixed}: found the same file as fixed and moving image, expected two scans.")
     scans = tuple(Scan(path) for path in files.values())
-    target, prepared = prepare_pair(scans, shape, spacing_mm, affine_reference)
-    return as_pair(
-        f"{files['fixed'].name} ← {files['moving'].name}", scans, target, prepared, affine_reference is not None
-    )
+    target, prepared, notes = prepare_pair(scans, shape, spacing_mm, affine_reference, start=start, intensity=intensity)
+    return as_pair(f"{files['fixed'].name} ← {files['moving'].name}", scans, target, prepared, notes=notes)
 
 
 def prepare_pair(
@@ -107,27 +122,75 @@ def prepare_pair(
     spacing_mm: float,
     affine_reference: Path | str | None = None,
     labels: list[int] | None = None,
-) -> tuple[Target, tuple[Prepared, Prepared]]:
-    """The grid, and both scans on it."""
-    reference = None if affine_reference is None else read_reference(affine_reference)
-    centre = (0.0, 0.0, 0.0) if reference is None else tuple(reference.centre)
-    target = Target(tuple(shape), float(spacing_mm), centre)
-    if reference is None:
-        return target, tuple(prepare_scan(scan, target, labels) for scan in scans)
-    with fresh_processes(1) as pool:  # alignment is only reproducible in a process in which ITK has not run yet
-        return target, tuple(pool.submit(prepare_scan, scan, target, labels, reference).result() for scan in scans)
+    start: str | None = None,
+    intensity: Intensity = Intensity(),
+) -> tuple[Target, tuple[Prepared, Prepared], tuple[str, ...]]:
+    """The grid, both scans on it, and notes on how they were brought there. ``start`` as in ``read_pair``."""
+    if start not in (*STARTS, None):
+        raise InputError(f"start: found {start!r}, expected one of {', '.join(STARTS)}.")
+    target = Target(tuple(shape), float(spacing_mm))
+    if affine_reference is not None:
+        if start not in ("affine", None):
+            raise InputError(f"start: found {start!r} and an affine_reference, expected affine or null beside one.")
+        reference = read_reference(affine_reference)
+        target = Target(target.shape, target.spacing_mm, tuple(reference.centre))
+        with fresh_processes(1) as pool:  # alignment is only reproducible in a process in which ITK has not run yet
+            jobs = [pool.submit(prepare_scan, scan, target, labels, reference, None, intensity) for scan in scans]
+            prepared = tuple(job.result() for job in jobs)
+        return (
+            target,
+            prepared,
+            ("millimetres shown here are those of the reference, to which both scans were aligned",),
+        )
+    volumes = [read_image(scan.image, intensity.nan) for scan in scans]
+    images = [normalise(volume.data, intensity, str(volume.path)) for volume in volumes]
+    maps, notes = _maps(volumes, images, target, start)
+    return (
+        target,
+        tuple(
+            prepare(scan, volume, image, target, to_source, labels, intensity)
+            for scan, volume, image, to_source in zip(scans, volumes, images, maps)
+        ),
+        notes,
+    )
+
+
+def _maps(volumes: list, images: list, target: Target, start: str | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """``to_source`` of both scans, by headers, centres or alignment, and notes."""
+    geometries = [volume.geometry for volume in volumes]
+    boxes = [content_box(image, volume.affine) for image, volume in zip(images, volumes)]
+    middle = boxes[0].mean(axis=0)
+    if start == "affine":
+        check_orientations(geometries)
+        fixed = centred(volumes[0], target, middle)
+        reference = as_reference(str(volumes[0].path), *working_copy(images[0], volumes[0].affine))
+        with fresh_processes(1) as pool:
+            matrix = pool.submit(align, images[1], volumes[1].affine, reference, str(volumes[1].path)).result()
+        moved = np.linalg.norm(apply_affine(matrix, middle) - middle)
+        return [fixed, matrix @ fixed], (
+            f"start: affine; the alignment of the moving scan departs from the headers by {moved:.1f} mm at the centre",
+        )
+    chosen = decide_start(geometries, boxes, middle, target, start)
+    if chosen.kind == "headers":
+        return [placed(target, chosen.centre_mm)] * 2, chosen.notes
+    both = [centred_on_content(volume, image, target) for volume, image in zip(volumes, images)]
+    return [to_source for to_source, _ in both], chosen.notes + tuple(note for _, more in both for note in more)
 
 
 def as_pair(
-    title: str, scans: tuple[Scan, Scan], target: Target, prepared: tuple[Prepared, Prepared], aligned: bool, **known
+    title: str,
+    scans: tuple[Scan, Scan],
+    target: Target,
+    prepared: tuple[Prepared, Prepared],
+    notes: tuple[str, ...] = (),
+    **known,
 ) -> Pair:
-    """The pair of two prepared scans; ``aligned``: to a reference; ``known``: label_names, truth, simulated."""
-    notes = [f"the crop keeps {each.kept:.0%} of the intensity of {scan.image.name}"
-             for scan, each in zip(scans, prepared) if each.kept < LITTLE_KEPT]  # fmt: skip
-    if aligned:
-        notes.append("millimetres shown here are those of the reference, to which both scans were aligned")
+    """The pair of two prepared scans; ``known``: label_names, truth, simulated."""
+    cut = [f"the crop keeps {each.kept:.0%} of the intensity of {scan.image.name}"
+           for scan, each in zip(scans, prepared) if each.kept < LITTLE_KEPT]  # fmt: skip
     return Pair(
         title, *(each.image for each in prepared), target.affine, target.spacing_mm, files=tuple(scan.image for scan in scans),
         to_source=tuple(each.to_source for each in prepared), labels=tuple(each.labels for each in prepared),
-        landmarks=tuple(each.landmarks for each in prepared), notes=tuple(notes), **known,
+        landmarks=tuple(each.landmarks for each in prepared),
+        notes=tuple(dict.fromkeys([*prepared[0].notes, *prepared[1].notes, *notes, *cut])), **known,
     )  # fmt: skip

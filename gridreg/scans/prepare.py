@@ -5,8 +5,8 @@ all in a single interpolation. Labels, landmarks and a known true deformation go
 
 The grid. affine = diag(spacing) with the grid's centre, voxel (shape - 1) / 2, at
 
-* the world origin without a reference; each scan's own centre (of its canonical volume) is moved there, so the crop is
-  a centre crop and headers need not agree; scan axes stay parallel to the world's;
+* the world origin without a reference; the scan's own centre, or a point of the scanner's world that all scans share, is
+  moved there (``start``); scan axes stay parallel to the world's;
 * the centre of the reference's bounding box with one; the world is then the reference's, e.g. MNI152 millimetres.
 
 ``to_source`` is the 4×4 matrix from this world to the world of the scan (RAS mm): a point or a warp can always be
@@ -24,9 +24,14 @@ import nibabel
 import numpy as np
 
 from gridreg.errors import InputError
-from gridreg.scans.align import Reference, align
-from gridreg.scans.resample import normalise, resample_field, resample_image, resample_labels
-from gridreg.scans.volumes import Volume, apply_affine, inside, read_field_mm, read_image, read_labels, read_landmarks
+from gridreg.scans.align import Reference, align, centre_of
+from gridreg.scans.geometry import apply_affine
+from gridreg.scans.intensity import Intensity, normalise
+from gridreg.scans.landmarks import inside, read_landmarks
+from gridreg.scans.resample import resample_field, resample_image, resample_labels
+from gridreg.scans.volumes import Volume, read_field_mm, read_image, read_labels
+
+LITTLE_KEPT = 0.5  # share of a scan's intensity inside the grid below which its content may lie off its centre
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Target:
         affine = np.diag([self.spacing_mm] * 3 + [1.0])
         affine[:3, 3] = np.array(self.centre_mm) - self.spacing_mm * (np.array(self.shape) - 1) / 2
         return affine
+
+    @property
+    def extent_mm(self) -> np.ndarray:
+        """(3,) size of the grid."""
+        return np.array(self.shape) * self.spacing_mm
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Prepared:
     to_source    (4, 4) world of the grid → world of the scan, mm
     orientation  axis codes of the file as stored, e.g. "LPS"
     kept         share of the scan's total intensity inside the grid; a low value means that the shape cuts it
+    notes        a sentence on whatever was in doubt and what was chosen
     """
 
     image: np.ndarray
@@ -78,24 +89,56 @@ class Prepared:
     to_source: np.ndarray
     orientation: str
     kept: float
+    notes: tuple[str, ...] = ()
 
 
 def prepare_scan(
-    scan: Scan, target: Target, labels: list[int] | None = None, reference: Reference | None = None
+    scan: Scan,
+    target: Target,
+    labels: list[int] | None = None,
+    reference: Reference | None = None,
+    centre_mm: np.ndarray | None = None,
+    intensity: Intensity = Intensity(),
 ) -> Prepared:
     """Read one scan and bring it to the target grid.
 
-    labels: those to keep, the others become background (None: all). Raises InputError for a file that cannot be used,
-    and where image, mask or a landmark lies outside the grid.
-    """
-    volume = read_image(scan.image)
-    image = normalise(volume.data)
-    if reference is None:
-        to_source = centred(volume, target)
-    else:
-        to_source = align(image, volume.affine, reference, str(scan.image))
-    grid_to_source = np.linalg.inv(volume.affine) @ to_source @ target.affine
+    labels     those to keep, the others become background (None: all)
+    reference  what the scan is aligned to, or None
+    centre_mm  without a reference: (3,) world RAS mm of the scan that comes to the centre of the grid (``start``); None: the
+               scan's own centre
 
+    Raises InputError for a file that cannot be used, and where image, mask or a landmark lies outside the grid.
+    """
+    volume = read_image(scan.image, intensity.nan)
+    image = normalise(volume.data, intensity, str(scan.image))
+    notes: tuple[str, ...] = ()
+    if reference is not None:
+        if reference.oriented and not volume.geometry.oriented:
+            raise InputError(
+                f"{scan.image}: found no orientation in the header (sform_code and qform_code are 0), expected one for the "
+                f"alignment to {reference.name}: the scan could be mirrored."
+            )
+        to_source = align(image, volume.affine, reference, str(scan.image))
+    elif centre_mm is not None:
+        to_source = placed(target, centre_mm)
+    else:
+        to_source, notes = centred_on_content(volume, image, target)
+    return prepare(scan, volume, image, target, to_source, labels, intensity, notes)
+
+
+def prepare(
+    scan: Scan,
+    volume: Volume,
+    image: np.ndarray,
+    target: Target,
+    to_source: np.ndarray,
+    labels: list[int] | None = None,
+    intensity: Intensity = Intensity(),
+    notes: tuple[str, ...] = (),
+) -> Prepared:
+    """Bring a scan that was read (``volume``, and ``image`` in [0, 1]) to the target grid by a known map ``to_source``."""
+    notes = volume.geometry.notes + notes
+    grid_to_source = np.linalg.inv(volume.affine) @ to_source @ target.affine
     moved = resample_image(image, grid_to_source, target.shape)
     if moved.min() == moved.max():
         raise InputError(
@@ -104,7 +147,9 @@ def prepare_scan(
         )
     label_map, points, carried = None, None, None
     if scan.label is not None:
-        label_map = resample_labels(read_labels(scan.label, volume, labels), grid_to_source, target.shape)
+        stored, more = read_labels(scan.label, volume, labels, intensity.nan)
+        notes += more
+        label_map = resample_labels(stored, grid_to_source, target.shape)
         if not label_map.any():
             raise InputError(
                 f"{scan.label}: found no labelled voxel inside the {_size(target)} crop, "
@@ -112,7 +157,9 @@ def prepare_scan(
             )
     if scan.landmarks is not None:
         from_source = np.linalg.inv(to_source @ target.affine)
-        points = {k: apply_affine(from_source, p) for k, p in read_landmarks(scan.landmarks, volume).items()}
+        world, more = read_landmarks(scan.landmarks, image, volume.affine, volume.geometry)
+        notes += more
+        points = {name: apply_affine(from_source, point) for name, point in world.items()}
         for key, point in points.items():
             if not inside(point, target.shape):
                 raise InputError(
@@ -123,23 +170,54 @@ def prepare_scan(
         field, lattice = read_field_mm(scan.truth)
         carried = resample_field(field, lattice, target.affine, to_source, target.shape)
     kept = float(moved.sum() * abs(np.linalg.det(grid_to_source)) / image.sum())
-    orientation = "".join(nibabel.aff2axcodes(volume.file_affine))
-    return Prepared(moved, label_map, points, carried, to_source, orientation, kept)
+    orientation = "".join(nibabel.aff2axcodes(volume.geometry.affine))
+    return Prepared(moved, label_map, points, carried, to_source, orientation, kept, notes)
 
 
-def centred(volume: Volume, target: Target) -> np.ndarray:
-    """World of the target → world of the scan (4, 4): a shift that puts the scan's centre on the target's centre.
+def placed(target: Target, centre_mm: np.ndarray) -> np.ndarray:
+    """World of the target → world of a scan (4, 4): a shift that puts a point (3,) of the scan on the target's centre."""
+    to_source = np.eye(4)
+    to_source[:3, 3] = np.asarray(centre_mm) - np.array(target.centre_mm)
+    return to_source
+
+
+def centred(volume: Volume, target: Target, centre_mm: np.ndarray | None = None) -> np.ndarray:
+    """``placed`` on a point of a scan of its own, by default the centre of the volume.
 
     Where the voxels differ by a shift only, it is rounded to whole voxels: then nothing is interpolated at all.
     """
-    to_source = np.eye(4)
-    middle = apply_affine(volume.affine, (np.array(volume.data.shape) - 1) / 2)
-    to_source[:3, 3] = middle - np.array(target.centre_mm)
+    if centre_mm is None:
+        centre_mm = apply_affine(volume.affine, (np.array(volume.data.shape) - 1) / 2)
+    to_source = placed(target, centre_mm)
     grid_to_source = np.linalg.inv(volume.affine) @ to_source @ target.affine
     if np.allclose(grid_to_source[:3, :3], np.eye(3), atol=1e-3):
         fraction = grid_to_source[:3, 3] - np.floor(grid_to_source[:3, 3] + 0.5)
         to_source[:3, 3] -= volume.affine[:3, :3] @ fraction
     return to_source
+
+
+def centred_on_content(volume: Volume, image: np.ndarray, target: Target) -> tuple[np.ndarray, tuple[str, ...]]:
+    """``centred``; where that crop holds little of the scan, as with padding on one side, on the centre of its content."""
+    to_source = centred(volume, target)
+    kept = _kept(volume, image, target, to_source)
+    if kept < LITTLE_KEPT:
+        other = centred(volume, target, centre_of(image, volume.affine))
+        more = _kept(volume, image, target, other)
+        if more > 2 * kept:
+            return other, (f"{volume.path}: a crop about the centre of the volume keeps {kept:.0%} of its intensity, one about "
+                           f"its content {more:.0%}; the latter is taken",)  # fmt: skip
+    return to_source, ()
+
+
+def _kept(volume: Volume, image: np.ndarray, target: Target, to_source: np.ndarray) -> float:
+    """The share of a scan's intensity inside the grid, from the voxels of the scan whose centres lie there."""
+    from_source = np.linalg.inv(to_source @ target.affine) @ volume.affine
+    box = []
+    for axis in range(3):  # an upright grid: its box in the scan's voxels
+        ends = np.sort((np.array([-0.5, target.shape[axis] - 0.5]) - from_source[axis, 3]) / from_source[axis, axis])
+        first, last = np.clip(np.ceil(ends), 0, image.shape[axis]).astype(int)
+        box.append(slice(first, last))
+    return float(image[tuple(box)].sum() / image.sum())
 
 
 def fresh_processes(number: int) -> ProcessPoolExecutor:

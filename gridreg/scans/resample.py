@@ -1,4 +1,4 @@
-"""Bring a volume to the preprocessed grid: intensities to [0, 1], images, label maps and displacement fields.
+"""Bring a volume to the preprocessed grid: images, label maps and displacement fields.
 
 Every function takes one 4×4 matrix, from a voxel of the wanted grid to a voxel of the stored volume, in which crop,
 spacing and alignment are already multiplied together: whatever happens, a volume is interpolated once.
@@ -11,28 +11,10 @@ from itertools import product
 import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 
-from gridreg.scans.volumes import apply_affine
+from gridreg.scans.geometry import apply_affine
 
-BACKGROUND_SHARE = 0.1  # a volume with this share of voxels at its lowest value has a background, e.g. skull-stripped
-PERCENTILES = (0.1, 99.9)
 ANTI_ALIAS_FROM = 1.5  # downsampling factor above which an image is smoothed first
-
-
-def normalise(data: np.ndarray) -> np.ndarray:
-    """Intensities to [0, 1] as float32, per volume, robust to a few extreme voxels.
-
-    With a background (skull-stripped, or air stored as one value) the background becomes 0 and the 99.9th percentile
-    of the rest 1; without one, the 0.1st and 99.9th percentile become 0 and 1. What lies outside is clipped.
-    """
-    low, high = data.min(), data.max()
-    foreground = data[data > low]
-    if foreground.size < (1 - BACKGROUND_SHARE) * data.size:
-        high = np.percentile(foreground, PERCENTILES[1])
-    else:
-        low, high = np.percentile(data, PERCENTILES)
-        if not high > low:  # fewer than 0.2 % of the voxels differ from the rest
-            low, high = data.min(), data.max()
-    return np.clip((data - low) / (high - low), 0, 1).astype(np.float32)
+COUNTERS = 2**24  # voxels times labels whose votes are counted at once
 
 
 def steps(grid_to_source: np.ndarray) -> np.ndarray:
@@ -66,18 +48,34 @@ def resample_labels(labels: np.ndarray, grid_to_source: np.ndarray, shape: tuple
     cells = np.ceil(np.linalg.norm(grid_to_source[:3, :3], axis=0) - 1e-3).astype(int)  # along each axis of the grid
     offsets = [(np.arange(n) + 0.5) / n - 0.5 for n in cells]
     places = [np.zeros(3), *(np.array(p) for p in product(*offsets) if np.any(p))]
-    ballots = [
+    values, numbers = np.unique(
+        np.append(labels.ravel(), 0), return_inverse=True
+    )  # each label's number among the values
+    numbers = numbers[:-1].reshape(labels.shape).astype(np.int16)
+    ballots = np.stack([
         affine_transform(
-            labels, grid_to_source[:3, :3], apply_affine(grid_to_source, place), shape, order=0, mode="grid-constant"
-        )
+            numbers, grid_to_source[:3, :3], apply_affine(grid_to_source, place), shape, order=0, mode="grid-constant",
+            cval=np.searchsorted(values, 0),
+        ).ravel()
         for place in places
-    ]
-    best, most = ballots[0].copy(), np.zeros(shape, np.int16)
+    ])  # fmt: skip
+    winners = np.empty(ballots.shape[1], np.int16)
+    for part in np.array_split(np.arange(len(winners)), 1 + len(values) * len(winners) // COUNTERS):
+        winners[part] = _most_votes(ballots[:, part], len(values))
+    return values[winners].reshape(shape).astype(np.int16)
+
+
+def _most_votes(ballots: np.ndarray, candidates: int) -> np.ndarray:
+    """For every column of (votes, N) numbers below ``candidates``: the one met most often, of several the one met first."""
+    column = np.arange(ballots.shape[1])
+    votes = np.zeros((candidates, len(column)), np.int32)
     for ballot in ballots:
-        votes = sum((ballot == other).astype(np.int16) for other in ballots)
-        np.copyto(best, ballot, where=votes > most)
-        np.maximum(most, votes, out=most)
-    return best.astype(np.int16)
+        votes[ballot, column] += 1
+    winner, most = ballots[0], votes[ballots[0], column]
+    for ballot in ballots[1:]:
+        count = votes[ballot, column]
+        winner, most = np.where(count > most, ballot, winner), np.maximum(count, most)
+    return winner
 
 
 def resample_field(

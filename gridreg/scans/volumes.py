@@ -1,19 +1,19 @@
-"""Read and write NIfTI volumes, label maps, landmark tables and ITK displacement fields, refusing what cannot be used.
+"""Read and write NIfTI volumes, label maps and ITK displacement fields, refusing what cannot be used.
 
-Everything read comes back in canonical RAS order (axes i, j, k = x, y, z) with its voxel → world affine (mm).
-Every refusal is one sentence that names the file, what was found and what was expected (InputError).
-Every file is written under a temporary name beside its destination and then renamed, so none is half-written.
+Everything read comes back in canonical RAS order (axes i, j, k = x, y, z) with its voxel → world affine (mm), which
+``geometry`` reads from the header. Every refusal is one sentence that names the file, what was found and what was
+expected (InputError). Every file is written under a temporary name beside its destination and then renamed, so none is
+half-written.
 """
 
 from __future__ import annotations
 
-import csv
-import os
+import gzip
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfileobj
 
 import nibabel
 import numpy as np
@@ -21,10 +21,20 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from gridreg.errors import InputError
+from gridreg.scans.files import named, renamed
+from gridreg.scans.geometry import (
+    CORNER_TOLERANCE,
+    RAS_TO_LPS,
+    Geometry,
+    apply_affine,
+    corners,
+    geometry_of,
+    sheared,
+)
 
 SMALLEST = 4  # voxels per axis: fewer is a slice, not a volume
-CORNER_TOLERANCE = 0.1  # voxels by which image and label corners may differ (rounded headers differ by less)
-RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])  # ITK's world has x and y the other way round
+WHOLE = 1e-3  # a label value so near to a whole number is that number: scaled and resaved maps are off by less
+DISPLACEMENT, VECTOR = 1006, 1007  # NIfTI intents: vectors in RAS, and (as ITK, ANTs and 3D Slicer write them) in LPS
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,11 @@ class Volume:
 
     data: np.ndarray  # (W, H, D)
     affine: np.ndarray  # (4, 4) voxel of `data` -> world RAS mm
-    path: Path
-    file_affine: np.ndarray  # (4, 4) voxel of the file as stored -> world RAS mm
-    file_shape: tuple[int, int, int]
+    geometry: Geometry  # of the file as stored
+
+    @property
+    def path(self) -> Path:
+        return self.geometry.path
 
     @property
     def spacing(self) -> np.ndarray:
@@ -43,51 +55,79 @@ class Volume:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def read_image(path: Path | str) -> Volume:
-    """Read a 3-D image as float32. Refused: anything but one finite, non-constant 3-D volume with a usable affine."""
+def read_geometry(path: Path | str) -> Geometry:
+    """Where the voxels of a 3-D volume lie; its voxels are not read. Refused as ``read_image`` refuses the header."""
+    return _open(Path(path))[1]
+
+
+def read_image(path: Path | str, nan: str = "refuse") -> Volume:
+    """Read a 3-D image as float32. Refused: anything but one finite, non-constant 3-D volume with a usable affine.
+
+    nan: "refuse", or "background": NaN voxels, as SPM writes them around a brain, stay NaN here, and ``normalise`` makes
+    them background.
+    """
     volume = _read(Path(path), np.float32)
-    if not np.isfinite(volume.data).all():
-        number = int((~np.isfinite(volume.data)).sum())
-        raise InputError(f"{path}: found {number} voxels that are NaN or infinite, expected finite intensities.")
-    if volume.data.min() == volume.data.max():
-        raise InputError(
-            f"{path}: found the value {volume.data.flat[0]:g} in every voxel, expected an image with contrast."
-        )
+    bad = np.isinf(volume.data) if nan == "background" else ~np.isfinite(volume.data)
+    if bad.any():
+        what, hint = ("infinite", "") if nan == "background" else ("NaN or infinite", "; `nan: background` accepts NaN")
+        raise InputError(f"{path}: found {int(bad.sum())} voxels that are {what}, expected finite intensities{hint}.")
+    low, high = np.nanmin(volume.data), np.nanmax(volume.data)
+    if not low < high:
+        raise InputError(f"{path}: found the value {low:g} in every voxel, expected an image with contrast.")
     return volume
 
 
-def read_labels(path: Path | str, image: Volume, keep: list[int] | None = None) -> np.ndarray:
-    """Read the label map of ``image`` as int16 (W, H, D); labels not in ``keep`` become 0 (None keeps all).
+def read_labels(
+    path: Path | str, image: Volume, keep: list[int] | None = None, nan: str = "refuse"
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read the label map of ``image`` as int16 (W, H, D), and notes on it; labels not in ``keep`` become 0 (None keeps all).
 
     Refused: another shape or affine than the image's, values that are no whole numbers from 0 to 32767, and a map
-    without any (kept) label.
+    without any (kept) label. With ``keep``, values that are not kept may be anything. nan: "background" takes NaN for 0.
     """
-    volume = _read(Path(path), np.float32)
+    volume = _read(Path(path), np.float64)
     check_same_grid(volume, image)
-    labels = np.rint(volume.data)
-    if not np.array_equal(labels, volume.data) or labels.min() < 0 or labels.max() > np.iinfo(np.int16).max:
+    data, notes = volume.data, volume.geometry.notes
+    if nan == "background":
+        data = np.nan_to_num(data, nan=0.0)
+    labels = np.rint(data)
+    with np.errstate(invalid="ignore"):
+        whole = np.abs(labels - data) <= WHOLE
+    highest = np.iinfo(np.int16).max
+    if keep is not None:
+        if not all(0 <= value <= highest for value in keep):
+            raise InputError(f"{path}: found the wanted labels {list(keep)}, expected numbers from 0 to {highest}.")
+        if not whole.all():
+            notes += (f"{path}: {int((~whole).sum())} voxels hold no whole number and count as background",)
+        labels = np.where(whole & np.isin(labels, keep), labels, 0)
+    elif not whole.all() or labels.min() < 0 or labels.max() > highest:
+        if np.isnan(data).any():
+            raise InputError(
+                f"{path}: found {int(np.isnan(data).sum())} label values that are NaN, expected whole numbers from 0 to "
+                f"{highest}; `nan: background` accepts them."
+            )
         raise InputError(
-            f"{path}: found label values from {volume.data.min():g} to {volume.data.max():g}, "
-            "not all of them usable, expected whole numbers from 0 to 32767."
+            f"{path}: found label values from {data.min():g} to {data.max():g}, "
+            f"not all of them usable, expected whole numbers from 0 to {highest}; `labels` can name those to use."
         )
     labels = labels.astype(np.int16)
-    if keep is not None:
-        labels = np.where(np.isin(labels, keep), labels, 0).astype(np.int16)
     if not labels.any():
         wanted = "labelled voxels" if keep is None else f"voxels with one of the labels {list(keep)}"
         raise InputError(f"{path}: found an empty mask, expected {wanted}.")
-    return labels
+    return labels, notes
 
 
 def check_same_grid(volume: Volume, image: Volume) -> None:
     """Refuse a label map that does not lie on its image's voxels (shape and affine)."""
     if volume.data.shape != image.data.shape:
         raise InputError(
-            f"{volume.path}: found the shape {_times(volume.file_shape)}, "
-            f"expected {_times(image.file_shape)} as in {image.path}."
+            f"{volume.path}: found the shape {times(volume.geometry.shape)}, "
+            f"expected {times(image.geometry.shape)} as in {image.path}."
         )
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*volume.data.shape, 1)
-    apart = np.abs((corners @ (volume.affine - image.affine).T)[:, :3]).max()
+    if not (volume.geometry.oriented or image.geometry.oriented):
+        return  # both by voxel alone
+    at = corners(volume.data.shape)
+    apart = np.abs(apply_affine(volume.affine, at) - apply_affine(image.affine, at)).max()
     if apart > CORNER_TOLERANCE * image.spacing.min():
         raise InputError(
             f"{volume.path}: found an affine that puts its corners {apart:.3g} mm away from those of "
@@ -95,78 +135,12 @@ def check_same_grid(volume: Volume, image: Volume) -> None:
         )
 
 
-def read_landmarks(path: Path | str, image: Volume) -> dict[str, np.ndarray]:
-    """Read a landmark table as {name: world RAS mm, (3,)}.
-
-    The header states the unit: ``name,x_mm,y_mm,z_mm`` (world, RAS) or ``name,x_voxel,y_voxel,z_voxel`` (indices from
-    0 into the image file as stored). Refused: another header, an empty table, a repeated name, a value that is no
-    finite number, and a point outside the image.
-    """
-    points, unit = read_points(path)
-    for name, point in points.items():
-        if unit == "voxel":
-            points[name] = apply_affine(image.file_affine, point)
-        voxel = apply_affine(np.linalg.inv(image.affine), points[name])
-        if not inside(voxel, image.data.shape):
-            raise InputError(
-                f"{path}: found landmark '{name}' at voxel {np.round(voxel, 1).tolist()} (RAS order), "
-                f"expected it inside the {_times(image.data.shape)} voxels of {image.path}."
-            )
-    return points
-
-
-def read_points(path: Path | str) -> tuple[dict[str, np.ndarray], str]:
-    """The rows of a landmark table, {name: (3,)}, as they stand, and their unit: "mm" or "voxel"."""
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except FileNotFoundError:
-        raise InputError(f"{path}: found no such file, expected a landmark table.") from None
-    if not rows:
-        raise InputError(f"{path}: found an empty file, expected landmarks.")
-    units = {("name", *(f"{axis}_{unit}" for axis in "xyz")): unit for unit in ("mm", "voxel")}
-    unit = units.get(tuple(rows[0]))
-    if unit is None:
-        raise InputError(
-            f"{path}: found the header '{','.join(rows[0])}', which states no unit, "
-            "expected 'name,x_mm,y_mm,z_mm' or 'name,x_voxel,y_voxel,z_voxel'."
-        )
-    if len(rows) == 1:
-        raise InputError(f"{path}: found a header and no landmarks, expected at least one.")
-    points: dict[str, np.ndarray] = {}
-    for row in rows[1:]:
-        try:
-            point = np.array([float(cell) for cell in row[1:]])
-        except ValueError:
-            point = np.array([])
-        if point.shape != (3,) or not np.isfinite(point).all() or row[0] in points:
-            raise InputError(f"{path}: found the row '{','.join(row)}', expected a new name and three finite numbers.")
-        points[row[0]] = point
-    return points, unit
-
-
-def inside(voxel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Whether voxel positions (..., 3) lie in a volume of ``shape``, to the outer faces of its border voxels."""
-    return ((voxel >= -0.5) & (voxel <= np.asarray(shape) - 0.5)).all(axis=-1)
-
-
-def apply_affine(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (..., 3) through a 4×4 matrix."""
-    return points @ affine[:3, :3].T + affine[:3, 3]
-
-
-def write_landmarks(path: Path | str, points: dict[str, np.ndarray]) -> None:
-    """Write {name: voxel position} as ``name,x_voxel,y_voxel,z_voxel``."""
-    with _renamed(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["name", "x_voxel", "y_voxel", "z_voxel"])
-        table.writerows([name, *(f"{v:.4f}" for v in point)] for name, point in points.items())
-
-
 def write_volume(path: Path | str, data: np.ndarray, affine: np.ndarray) -> None:
     """Write an array (W, H, D) with its voxel → world RAS mm affine, in the array's own data type."""
-    _save(Path(path), nibabel.Nifti1Image(data, affine), affine)
+    image = nibabel.Nifti1Image(data, affine)
+    _state(image.header, affine)
+    with renamed(Path(path)) as temporary:
+        nibabel.save(image, temporary)
 
 
 def write_displacement(path: Path | str, displacement: np.ndarray, affine: np.ndarray) -> None:
@@ -179,7 +153,7 @@ def write_displacement(path: Path | str, displacement: np.ndarray, affine: np.nd
 
 
 def read_displacement(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """Read an ITK displacement field as (displacement (3, W, H, D) float32 in voxels of its grid, affine (4, 4))."""
+    """Read a displacement field as (displacement (3, W, H, D) float32 in voxels of its grid, affine (4, 4))."""
     field, affine = read_field_mm(path)
     return np.einsum("ab,bijk->aijk", np.linalg.inv(affine[:3, :3]), field).astype(np.float32), affine
 
@@ -189,34 +163,149 @@ def write_field_mm(path: Path | str, field: np.ndarray, affine: np.ndarray) -> N
     vectors = np.moveaxis(np.asarray(field, np.float32) * RAS_TO_LPS[:, None, None, None].astype(np.float32), 0, -1)
     image = nibabel.Nifti1Image(np.ascontiguousarray(vectors[:, :, :, None, :]), affine)
     image.header.set_intent("vector")
-    _save(Path(path), image, affine)
+    _state(image.header, affine)
+    with renamed(Path(path)) as temporary:
+        nibabel.save(image, temporary)
 
 
 def read_field_mm(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """Read an ITK displacement field on its own lattice as (vectors (3, W, H, D) in world RAS mm, affine (4, 4))."""
-    image = _open(Path(path))
+    """Read a displacement field on its own lattice as (vectors (3, W, H, D) in world RAS mm, affine (4, 4)).
+
+    The intent of the file says what its vectors are: 1006 (displacement vector) RAS, 1007 (vector) LPS, as ITK reads both.
+    InputError on another intent, as FSL's warps have, and on another shape than W×H×D×1×3.
+    """
+    image, geometry = _open(Path(path))
     if len(image.shape) != 5 or image.shape[3:] != (1, 3):
         raise InputError(
-            f"{path}: found the shape {_times(image.shape)}, expected an ITK displacement field, W×H×D×1×3."
+            f"{path}: found the shape {times(image.shape)}, expected an ITK displacement field, W×H×D×1×3."
         )
-    vectors = _voxels(Path(path), image, np.float32)[:, :, :, 0, :] * RAS_TO_LPS.astype(np.float32)
+    intent = int(image.header["intent_code"])
+    if intent not in (DISPLACEMENT, VECTOR):
+        raise InputError(
+            f"{path}: found the NIfTI intent {intent}, expected {VECTOR} (vectors in LPS mm, as ITK, ANTs and 3D Slicer write "
+            f"them) or {DISPLACEMENT} (displacements in RAS mm)."
+        )
+    vectors = _voxels(Path(path), image, np.float32)[:, :, :, 0, :]
+    if intent == VECTOR:
+        vectors = vectors * RAS_TO_LPS.astype(np.float32)
     if not np.isfinite(vectors).all():
         raise InputError(f"{path}: found vectors that are NaN or infinite, expected finite displacements.")
-    return np.ascontiguousarray(np.moveaxis(vectors, -1, 0)), image.affine
+    return np.ascontiguousarray(np.moveaxis(vectors, -1, 0)), geometry.affine
 
 
-def _open(path: Path) -> nibabel.Nifti1Image:
+@dataclass(frozen=True)
+class StoredVoxels:
+    """The voxels of a file as they are stored: value = slope × raw + inter. Integers stay as small as they are.
+
+    raw       (W, H, D) in stored order
+    geometry  of the file
+    """
+
+    raw: np.ndarray
+    slope: float
+    inter: float
+    geometry: Geometry
+
+    @property
+    def lowest(self) -> float:
+        """The lowest raw value, or the highest where the slope is negative: what lies outside the volume."""
+        return float(self.raw.min() if self.slope >= 0 else self.raw.max())
+
+
+def read_stored(path: Path | str) -> StoredVoxels:
+    """The voxels of a 3-D file without a copy of them in floating point; NaN becomes the lowest value there is."""
+    image, geometry = _open(Path(path))
+    try:
+        raw = np.asanyarray(image.dataobj.get_unscaled()).reshape(geometry.shape, order="F")
+    except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise _damaged(Path(path), error) from error
+    if raw.dtype.kind == "f" and np.isnan(raw).any():
+        raw = np.where(np.isnan(raw), np.nanmin(raw), raw)
+    if not raw.dtype.isnative:
+        raw = raw.astype(raw.dtype.newbyteorder("="))
+    slope, inter = (float(v) for v in (image.dataobj.slope, image.dataobj.inter))
+    return StoredVoxels(raw, slope, inter, geometry)
+
+
+class SlabWriter:
+    """Float32 NIfTI files (.nii.gz) on one geometry, written slab by slab along the last axis: never whole in memory.
+
+    The three components of a vector field lie behind each other in a file, so each is compressed into a part of its own;
+    the parts, one after the other, are the file (gzip allows that). Use as a context: the files appear at its end, whole.
+    """
+
+    def __init__(self, files: dict[Path, int], geometry: Geometry):
+        """files: for each its number of components, 1 or 3."""
+        self.geometry, self.components = geometry, files
+
+    def __enter__(self) -> SlabWriter:
+        with ExitStack() as stack:
+            self.parts: dict[Path, list] = {}
+            self.temporary = {path: stack.enter_context(renamed(path)) for path in self.components}
+            for path, number in self.components.items():
+                names = [self.temporary[path].with_name(f"{self.temporary[path].name}.{n}") for n in range(number)]
+                for name in names:
+                    stack.callback(name.unlink, missing_ok=True)
+                with named(path):
+                    self.parts[path] = [_gzip(stack.enter_context(name.open("w+b"))) for name in names]
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, path: Path, slab: np.ndarray) -> None:
+        """The next slab of a file: (W, H, d), or (3, W, H, d) in LPS mm for a vector field."""
+        with named(path):
+            for part, values in zip(self.parts[path], slab.reshape(self.components[path], *slab.shape[-3:])):
+                part.write(values.astype("<f4").tobytes(order="F"))
+
+    def __exit__(self, kind, error, traceback) -> bool | None:
+        if kind is None:
+            try:
+                for path, parts in self.parts.items():
+                    with named(path), self.temporary[path].open("wb") as file:
+                        head = _gzip(file)
+                        head.write(self._header(self.components[path]))
+                        head.close()
+                        for part in parts:
+                            part.close()
+                            part.fileobj_behind.seek(0)
+                            copyfileobj(part.fileobj_behind, file)
+            except BaseException as failure:
+                self._stack.__exit__(type(failure), failure, failure.__traceback__)
+                raise
+        return self._stack.__exit__(kind, error, traceback)
+
+    def _header(self, components: int) -> bytes:
+        header = nibabel.Nifti1Header(endianness="<")
+        header.set_data_dtype(np.float32)
+        header.set_data_shape(self.geometry.shape if components == 1 else (*self.geometry.shape, 1, components))
+        _state(header, self.geometry.affine, self.geometry.oriented)
+        if components > 1:
+            header.set_intent("vector")
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        return header.binaryblock + bytes(4)
+
+
+def _gzip(file) -> gzip.GzipFile:
+    """A gzip stream without a name and a time, so that the same voxels make the same bytes."""
+    stream = gzip.GzipFile("", "wb", 1, file, mtime=0)
+    stream.fileobj_behind = file
+    return stream
+
+
+def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
     if not path.is_file():
         raise InputError(f"{path}: found no such file, expected a NIfTI volume.")
     try:
         image = nibabel.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        why = _why(error)
-        raise InputError(f"{path}: found a file that cannot be read ({why}), expected a NIfTI volume.") from error
-    affine = getattr(image, "affine", None)
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: found a header without a usable voxel size, expected an invertible affine.")
-    return image
+        raise InputError(
+            f"{path}: found a file that cannot be read ({_why(error)}), expected a NIfTI volume."
+        ) from error
+    if not isinstance(image, nibabel.spatialimages.SpatialImage):
+        raise InputError(f"{path}: found a file without voxels, expected a NIfTI volume.")
+    if len(image.shape) < 3:
+        raise _no_volume(path, image.shape)
+    return image, geometry_of(path, image)
 
 
 def _voxels(path: Path, image: nibabel.Nifti1Image, dtype: type) -> np.ndarray:
@@ -225,41 +314,42 @@ def _voxels(path: Path, image: nibabel.Nifti1Image, dtype: type) -> np.ndarray:
     try:
         return np.asanyarray(image.dataobj).astype(dtype)
     except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path}: found a damaged file ({_why(error)}), expected a complete NIfTI volume.") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: found a damaged file ({_why(error)}), expected a complete NIfTI volume.")
+
+
+def _no_volume(path: Path, shape: tuple[int, ...]) -> InputError:
+    return InputError(
+        f"{path}: found the shape {times(shape)}, expected one 3-D volume W×H×D of at least {SMALLEST} voxels per axis."
+    )
 
 
 def _read(path: Path, dtype: type) -> Volume:
     """One 3-D volume in canonical order; trailing axes of length one are dropped."""
-    image = _open(path)
-    shape = tuple(image.shape[:3])
-    if len(shape) < 3 or any(n != 1 for n in image.shape[3:]) or min(shape) < SMALLEST:
-        raise InputError(
-            f"{path}: found the shape {_times(image.shape)}, expected one 3-D volume W×H×D "
-            f"of at least {SMALLEST} voxels per axis."
-        )
-    plain = nibabel.Nifti1Image(_voxels(path, image, dtype).reshape(shape), image.affine)
+    image, geometry = _open(path)
+    if any(n != 1 for n in image.shape[3:]) or min(geometry.shape) < SMALLEST:
+        raise _no_volume(path, image.shape)
+    plain = nibabel.Nifti1Image(_voxels(path, image, dtype).reshape(geometry.shape), geometry.affine)
     canonical = nibabel.as_closest_canonical(plain)
-    return Volume(np.ascontiguousarray(canonical.dataobj), canonical.affine, path, image.affine, shape)
+    return Volume(np.ascontiguousarray(canonical.dataobj), canonical.affine, geometry)
 
 
-def _save(path: Path, image: nibabel.Nifti1Image, affine: np.ndarray) -> None:
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner", strip_shears=True)  # some readers look at the qform first
-    with _renamed(path) as temporary:
-        nibabel.save(image, temporary)
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; renamed to it on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _state(header: nibabel.Nifti1Header, affine: np.ndarray, oriented: bool = True) -> None:
+    """Put an affine into a header: in mm, and never two forms that contradict each other."""
+    header.set_xyzt_units("mm")
+    if not oriented:  # as in the scan itself: every program reads both in the same way
+        header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+        header.set_sform(None, code="unknown")
+        header.set_qform(None, code="unknown")
+        return
+    header.set_sform(affine, code="scanner")
+    if sheared(affine):  # a qform cannot hold it
+        header.set_qform(affine, code="unknown", strip_shears=True)
+    else:
+        header.set_qform(affine, code="scanner", strip_shears=True)  # some readers look at the qform first
 
 
 def _why(error: Exception) -> str:
@@ -267,5 +357,5 @@ def _why(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def times(shape: tuple[int, ...]) -> str:
     return "×".join(str(n) for n in shape)

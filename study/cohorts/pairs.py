@@ -5,7 +5,9 @@ Either is preprocessed here and now, as ``make repro`` would preprocess the whol
 
 from __future__ import annotations
 
-from functools import partial
+import json
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ import numpy as np
 
 from gridreg.errors import InputError
 from gridreg.explorer.widgets import Source
+from gridreg.scans.intensity import Intensity
 from gridreg.scans.pair import Pair, as_pair, prepare_pair, read_pair
-from study.cohorts.learn2reg import Cohort, read_cohort
+from gridreg.scans.prepare import Target, prepare_scan
+from gridreg.scans.start import Start, choose_start
+from study.cohorts.dataset import Preprocessed, load_index
+from study.cohorts.learn2reg import Cohort, limit, read_cohort
 from study.cohorts.truth import correspondence
 
 
@@ -30,7 +36,14 @@ def demo_pair(values: dict[str, Any], dataset: str, number: int = 0, split: str 
     if not 0 <= number < len(pairs):
         raise InputError(f"dataset '{dataset}': found the {split} pair {number}, expected 0 to {len(pairs) - 1}.")
     scans = fixed, moving = tuple(cohort.subjects[name] for name in pairs[number])
-    target, prepared = prepare_pair(scans, **_grid(settings), labels=settings.get("labels"))
+    labels, intensity = settings.get("labels"), _intensity(settings)
+    if settings.get("affine_reference") is None:
+        target = Target(tuple(settings["shape"]), float(settings["spacing_mm"]))
+        start = _start(cohort, target, settings.get("start"))
+        prepared = tuple(prepare_scan(scan, target, labels, None, start.centre_mm, intensity) for scan in scans)
+        notes = ()  # on the whole cohort, not on this pair
+    else:
+        target, prepared, notes = prepare_pair(scans, **_grid(settings), labels=labels, intensity=intensity)
     truth = None
     if (not cohort.template_per_patient or fixed.patient == moving.patient) and all(
         p.truth_mm is not None for p in prepared
@@ -39,44 +52,129 @@ def demo_pair(values: dict[str, Any], dataset: str, number: int = 0, split: str 
         truth = correspondence(
             *(np.einsum("ab,bijk->aijk", to_voxels, p.truth_mm).astype(np.float32) for p in prepared)
         )
-    return as_pair(f"{fixed.id} ← {moving.id}", scans, target, prepared, settings.get("affine_reference") is not None,
-                   label_names=cohort.label_names, truth=truth, simulated=cohort.simulated)  # fmt: skip
+    return as_pair(f"{fixed.id} ← {moving.id}", scans, target, prepared, notes, label_names=cohort.label_names, truth=truth,
+                   simulated=cohort.simulated)  # fmt: skip
 
 
-def own_pair(values: dict[str, Any], fixed: Path | str, moving: Path | str, dataset: str) -> Pair:
-    """Two NIfTI files on the grid (shape, spacing, reference) of ``dataset``, whose model will register them."""
-    return read_pair(fixed, moving, **_grid(_settings(values, dataset)))
+def own_pair(
+    values: dict[str, Any], fixed: Path | str, moving: Path | str, dataset: str, start: str | None = None
+) -> Pair:
+    """Two NIfTI files on the grid (shape, spacing, reference, intensities) of ``dataset``, whose model will register them.
+
+    start: as in ``read_pair``; it is a matter of the two files, so the dataset's own is not taken.
+    """
+    return _two_files(_settings(values, dataset), fixed, moving, start)
 
 
 def sources(
-    values: dict[str, Any], checkpoints: Path | str, fixed: Path | str | None = None, moving: Path | str | None = None
+    values: dict[str, Any],
+    fixed: Path | str | None = None,
+    moving: Path | str | None = None,
+    start: str | None = None,
+    results: Path | str = "results",
+    checkpoints: Path | str = "checkpoints",
 ) -> dict[str, Source]:
-    """What the explorer can open: for each dataset with a model in ``checkpoints``, its test pairs or the two files."""
+    """What the explorer can open: every trained GridReg, each with the test pairs of its dataset or with two files.
+
+    Models are looked for in ``checkpoints/<dataset>`` (with the clone) and ``results/train/<dataset>/<run>`` (trained here).
+    A dataset that params.yaml does not name any more is opened as it was preprocessed, from ``results/preprocess``; without
+    that, or without the cohort, its models are left out. ``start``: of two files, as in ``read_pair``. InputError for one
+    file alone.
+    """
     if bool(fixed) != bool(moving):
         raise InputError("found only one of the fixed and the moving file, expected both or neither.")
     found = {}
-    for name in values["datasets"]:
-        model = Path(checkpoints) / name
-        if not (model / "model.json").is_file():
+    for name, dataset, folder in trained_models(values, results, checkpoints):
+        try:
+            if fixed:
+                settings = _settings(values, dataset, results)
+                source = Source(folder, (f"{Path(fixed).name} ← {Path(moving).name}",),
+                                lambda _, settings=settings: _two_files(settings, fixed, moving, start))  # fmt: skip
+            else:
+                source = Source(folder, *_test_pairs(values, dataset, results))
+        except InputError:  # neither its cohort nor its preprocessed images are there
             continue
-        if fixed:
-            found[name] = Source(model, (f"{Path(fixed).name} ← {Path(moving).name}",),
-                                 lambda _, name=name: own_pair(values, fixed, moving, name))  # fmt: skip
-        else:
-            titles = (" ← ".join(side.removeprefix(f"{name}_") for side in ids) for ids in demo_pairs(values, name))
-            found[name] = Source(model, tuple(titles), partial(demo_pair, values, name))
+        found[name] = source
     return found
 
 
-def _settings(values: dict[str, Any], dataset: str) -> dict[str, Any]:
-    if dataset not in values["datasets"]:
-        raise InputError(f"params.yaml: found no dataset '{dataset}', expected one of {', '.join(values['datasets'])}.")
-    return values["datasets"][dataset]
+def trained_models(
+    values: dict[str, Any], results: Path | str = "results", checkpoints: Path | str = "checkpoints"
+) -> list[tuple[str, str, Path]]:
+    """(what to call it, dataset, folder) of every trained GridReg: those in ``checkpoints`` first, then those in ``results``."""
+    with_clone = [(each.name, each.name, each) for each in _folders(checkpoints)]
+    trained = []
+    for group in _folders(Path(results) / "train"):
+        dataset = group.name
+        if dataset == "ablation" and dataset not in values["datasets"]:
+            dataset = (values.get("ablation") or {}).get("dataset") or dataset
+        trained += [(f"{group.name}, {run.name}", dataset, run) for run in _folders(group)]
+    return [model for model in [*with_clone, *trained] if _is_gridreg(model[2])]
+
+
+def _test_pairs(
+    values: dict[str, Any], dataset: str, results: Path | str
+) -> tuple[tuple[str, ...], Callable[[int], Pair]]:
+    """The titles of a dataset's test pairs, and what opens the pair of a number."""
+    if dataset in values["datasets"]:
+        pairs, opens = demo_pairs(values, dataset), partial(demo_pair, values, dataset)
+    else:
+        data = Preprocessed(Path(results) / "preprocess" / dataset)
+        pairs = data.pairs("test")
+
+        def opens(number: int) -> Pair:
+            return data.pair(*pairs[number])
+
+    return tuple(" ← ".join(side.removeprefix(f"{dataset}_") for side in ids) for ids in pairs), opens
+
+
+def _folders(path: Path | str) -> list[Path]:
+    return sorted(each for each in Path(path).iterdir() if each.is_dir()) if Path(path).is_dir() else []
+
+
+def _is_gridreg(folder: Path) -> bool:
+    """Whether a folder holds the model of a GridReg; what cannot be read is none."""
+    try:
+        config = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        return config["run"]["method"] == "gridreg"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _settings(values: dict[str, Any], dataset: str, results: Path | str | None = None) -> dict[str, Any]:
+    """The block of a dataset in params.yaml, or else what its preprocessing in ``results`` says of itself."""
+    if dataset in values["datasets"]:
+        return values["datasets"][dataset]
+    if results is not None:
+        return load_index(Path(results) / "preprocess" / dataset)
+    raise InputError(f"params.yaml: found no dataset '{dataset}', expected one of {', '.join(values['datasets'])}.")
+
+
+def _two_files(settings: dict[str, Any], fixed: Path | str, moving: Path | str, start: str | None) -> Pair:
+    return read_pair(fixed, moving, **_grid(settings), start=start, intensity=_intensity(settings))
 
 
 def _grid(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings.get(name) for name in ("shape", "spacing_mm", "affine_reference")}
 
 
+def _intensity(settings: dict[str, Any]) -> Intensity:
+    window = settings.get("window")
+    return Intensity(window and tuple(window), settings.get("padding_value"), settings.get("nan") or "refuse")
+
+
+def _start(cohort: Cohort, target: Target, wanted: str | None) -> Start:
+    """Where the preprocessing of the cohort would start. Headers of all its images are read unless centres are wanted."""
+    if wanted == "centre":
+        return Start("centre")
+    return _chosen(tuple(subject.image for subject in cohort.subjects.values()), target, wanted)
+
+
+@lru_cache(maxsize=8)
+def _chosen(files: tuple[Path, ...], target: Target, wanted: str | None) -> Start:
+    return choose_start(files, target, wanted)
+
+
 def _cohort(values: dict[str, Any], dataset: str) -> Cohort:
-    return read_cohort(_settings(values, dataset)["path"])
+    settings = _settings(values, dataset)
+    return limit(read_cohort(settings["path"]), settings.get("max_subjects"), settings.get("max_pairs"))

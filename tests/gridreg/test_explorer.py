@@ -8,9 +8,7 @@ from dataclasses import replace
 import nibabel
 import numpy as np
 import pytest
-import torch
-from scipy.ndimage import gaussian_filter, map_coordinates
-from scipy.spatial.transform import Rotation
+from scipy.ndimage import map_coordinates
 
 from gridreg.checkpoint import save_model
 from gridreg.errors import InputError
@@ -19,33 +17,12 @@ from gridreg.explorer import widgets as explorer_widgets
 from gridreg.explorer.picture import View, first_look
 from gridreg.explorer.widgets import Explorer
 from gridreg.network import GridReg
-from gridreg.scans.export import save, scan_field_mm
-from gridreg.scans.pair import Pair
-from gridreg.scans.volumes import apply_affine, read_displacement, read_field_mm, read_image, write_volume
+from gridreg.scans.export import save
+from gridreg.scans.geometry import apply_affine
+from gridreg.scans.volumes import read_displacement, read_field_mm, read_image
 from study.cohorts.pairs import own_pair, sources
 
 VALUES = {"datasets": {"mine": {"shape": [24, 22, 20], "spacing_mm": 2.0, "affine_reference": None, "labels": None}}}
-OBLIQUE = np.eye(4)
-OBLIQUE[:3, :3] = Rotation.from_euler("xyz", (8, -6, 5), degrees=True).as_matrix() @ np.diag((1.5, 1.6, 2.4))
-OBLIQUE[:3, 3] = (30, -12, 5)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory) -> Pair:
-    folder, rng = tmp_path_factory.mktemp("scans"), np.random.default_rng(0)
-    for name, shift in (("fixed", 0), ("moving", 50)):
-        affine = OBLIQUE.copy()
-        affine[:3, 3] += shift
-        write_volume(folder / f"{name}.nii.gz", gaussian_filter(rng.random((30, 28, 20)), 2).astype(np.float32), affine)
-    return own_pair(VALUES, folder / "fixed.nii.gz", folder / "moving.nii.gz", "mine")
-
-
-@pytest.fixture(scope="module")
-def registered(case) -> explorer.Registered:
-    torch.manual_seed(0)
-    network = GridReg(base_channels=4, num_layers=4, bayesian=True)
-    torch.nn.init.normal_(network.mean.weight, std=0.05)
-    return explorer.register_pair(network, case, 5)
 
 
 def test_the_read_out_is_the_field_in_millimetres(registered):
@@ -67,9 +44,10 @@ def test_samples_spread_by_sigma(registered):
 
 
 def test_what_is_saved_loads_and_agrees(registered, tmp_path):
-    case = registered.pair
-    warped, field, sigma = save(case, registered.displacement, tmp_path, registered.sigma_mm)
-    fixed, moving = (read_image(path) for path in case.files)
+    pair = registered.pair
+    warped, field, sigma, _ = save(pair, registered.displacement, tmp_path, registered.sigma_mm)
+    fixed, moving = (read_image(path) for path in pair.files)
+    assert nibabel.load(warped).shape == fixed.data.shape
     vectors, affine = read_field_mm(field)
     np.testing.assert_allclose(affine, fixed.affine, atol=1e-5)
     world = apply_affine(fixed.affine, np.moveaxis(np.indices(fixed.data.shape), 0, -1)) + np.moveaxis(vectors, 0, -1)
@@ -79,43 +57,43 @@ def test_what_is_saved_loads_and_agrees(registered, tmp_path):
     assert nibabel.load(sigma).shape == fixed.data.shape and np.isfinite(read_displacement(field)[0]).all()
     # a voxel of the grid: its partner there, brought to the moving scan, is where the written vector leads
     voxel = np.array((11, 10, 9))
-    p = case.scan_mm(voxel)
+    p = pair.scan_mm(voxel)
     partner = voxel + registered.displacement[(slice(None), *voxel)]
-    wanted = apply_affine(case.to_source[1] @ case.affine, partner)
+    wanted = apply_affine(pair.to_source[1] @ pair.affine, partner)
     at = apply_affine(np.linalg.inv(fixed.affine), p)[:, None]
-    found = p + [map_coordinates(v, at, order=1)[0] for v in scan_field_mm(case, registered.displacement, fixed)]
+    found = p + [map_coordinates(v, at, order=1)[0] for v in vectors]
     np.testing.assert_allclose(found, wanted, atol=0.05)
 
 
-def test_bad_files_get_a_sentence(case, tmp_path):
+def test_bad_files_get_a_sentence(pair, tmp_path):
     with pytest.raises(InputError, match="nothing.nii.gz: found no such file, expected"):
-        own_pair(VALUES, case.files[0], tmp_path / "nothing.nii.gz", "mine")
+        own_pair(VALUES, pair.files[0], tmp_path / "nothing.nii.gz", "mine")
     with pytest.raises(InputError, match="the same file"):
-        own_pair(VALUES, case.files[0], case.files[0], "mine")
+        own_pair(VALUES, pair.files[0], pair.files[0], "mine")
     for bad, sentence in (
         (tmp_path, "found a folder, expected a NIfTI file"),
         ("", "moving: found '', expected the path"),
         (7, "moving: found 7, expected the path of a NIfTI file"),
     ):
         with pytest.raises(InputError, match=sentence):
-            own_pair(VALUES, case.files[0], bad, "mine")
+            own_pair(VALUES, pair.files[0], bad, "mine")
     with pytest.raises(InputError, match="found no dataset 'other'"):
-        own_pair(VALUES, *case.files, "other")
+        own_pair(VALUES, *pair.files, "other")
     with pytest.raises(InputError, match="found no trained model"):
         explorer.load_network(tmp_path)
 
 
-def test_a_home_folder_may_be_abbreviated(case, monkeypatch):
-    monkeypatch.setenv("HOME", str(case.files[0].parent))
-    assert np.array_equal(own_pair(VALUES, "~/fixed.nii.gz", "~/moving.nii.gz", "mine").fixed, case.fixed)
+def test_a_home_folder_may_be_abbreviated(pair, monkeypatch):
+    monkeypatch.setenv("HOME", str(pair.files[0].parent))
+    assert np.array_equal(own_pair(VALUES, "~/fixed.nii.gz", "~/moving.nii.gz", "mine", "centre").fixed, pair.fixed)
 
 
 def test_saved_sigma_is_in_the_millimetres_of_the_moving_scan(registered, tmp_path):
     larger = replace(
         registered.pair, to_source=tuple(np.diag([1.5, 1.5, 1.5, 1.0]) @ m for m in registered.pair.to_source)
     )
-    plain, scaled = (nibabel.load(save(case, registered.displacement, tmp_path / name, registered.sigma_mm)[2]).get_fdata()
-                     for name, case in (("a", replace(registered.pair, to_source=(larger.to_source[0], registered.pair.to_source[1]))),
+    plain, scaled = (nibabel.load(save(pair, registered.displacement, tmp_path / name, registered.sigma_mm)[2]).get_fdata()
+                     for name, pair in (("a", replace(registered.pair, to_source=(larger.to_source[0], registered.pair.to_source[1]))),
                                         ("b", larger)))  # fmt: skip
     np.testing.assert_allclose(scaled, 1.5 * plain, rtol=1e-5)
 
@@ -124,7 +102,7 @@ def test_a_notebook_shows_the_sentence_alone():
     assert InputError("a: found b, expected c")._render_traceback_() == ["InputError: a: found b, expected c"]
 
 
-def test_numbers_wait_for_the_last_of_several_wishes(case, tmp_path, monkeypatch):
+def test_numbers_wait_for_the_last_of_several_wishes(pair, tmp_path, monkeypatch):
     run = {"method": "gridreg", "grids": [[5, 5, 5]], "base_channels": 4, "num_layers": 4, "bayesian": True}
     save_model(
         tmp_path / "mine", GridReg(base_channels=4, num_layers=4, bayesian=True), {"run": run, "grid": [5, 5, 5]}
@@ -135,7 +113,7 @@ def test_numbers_wait_for_the_last_of_several_wishes(case, tmp_path, monkeypatch
     )
 
     async def drag() -> None:
-        explored = Explorer(sources(VALUES, tmp_path, *case.files), "mine")
+        explored = Explorer(sources(VALUES, *pair.files, results=tmp_path, checkpoints=tmp_path), "mine")
         pictures = set()
         for grid in (6, 7, 8):
             explored.grid.value = grid
@@ -161,12 +139,13 @@ def test_a_click_on_the_crosshair_is_the_voxel(registered):
     assert view.draw(look) != before
 
 
-def test_widgets_answer_and_errors_become_a_sentence(case, registered, tmp_path):
+def test_widgets_answer_and_errors_become_a_sentence(pair, registered, tmp_path):
     """The whole explorer on a pair of one's own, without a browser."""
     network = GridReg(base_channels=4, num_layers=4, bayesian=True)
     run = {"method": "gridreg", "grids": [[5, 5, 5]], "base_channels": 4, "num_layers": 4, "bayesian": True}
     save_model(tmp_path / "models" / "mine", network, {"run": run, "grid": [5, 5, 5], "training": {}})
-    explored = Explorer(VALUES, "mine", *case.files, tmp_path / "models", tmp_path / "out")
+    models = {"results": tmp_path, "checkpoints": tmp_path / "models"}
+    explored = Explorer(sources(VALUES, *pair.files, **models), "mine", tmp_path / "out")
     first = explored.picture.png
     assert first.startswith(b"\x89PNG") and explored.grid.value == 5
     explored.crosshair[0].value = 3
@@ -187,11 +166,11 @@ def test_widgets_answer_and_errors_become_a_sentence(case, registered, tmp_path)
     explored.out = tmp_path / "taken"
     explored.button.click()
     assert "taken: File exists; expected to be able to" in explored.said.value
-    case.files[1].rename(case.files[1].with_name("gone.nii.gz"))
+    pair.files[1].rename(pair.files[1].with_name("gone.nii.gz"))
     explored.button.click()
-    case.files[1].with_name("gone.nii.gz").rename(case.files[1])
+    pair.files[1].with_name("gone.nii.gz").rename(pair.files[1])
     assert "moving.nii.gz" in explored.said.value
-    with pytest.raises(InputError, match="found no model for 'other', expected one of mine"):
-        Explorer(VALUES, "other", *case.files, tmp_path / "models")
+    with pytest.raises(InputError, match="found no model 'other', expected one of mine"):
+        Explorer(sources(VALUES, *pair.files, **models), "other")
     with pytest.raises(InputError, match="expected both or neither"):
-        Explorer(VALUES, "mine", case.files[0], None, tmp_path / "models")
+        sources(VALUES, pair.files[0])

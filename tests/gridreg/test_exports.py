@@ -9,10 +9,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 from scipy.ndimage import gaussian_filter
-from test_explorer import OBLIQUE  # noqa: F401: fixtures
+from small_scans import OBLIQUE
 
 from gridreg.scans.export import save
-from gridreg.scans.volumes import apply_affine, read_image, write_displacement, write_volume
+from gridreg.scans.geometry import apply_affine
+from gridreg.scans.volumes import read_image, write_displacement, write_volume
 from gridreg.spatial import transform_points, warp
 
 SHAPE = (26, 22, 18)
@@ -55,10 +56,10 @@ def test_a_written_field_warps_as_our_warp_does(written, apply):
 
 
 @pytest.mark.parametrize("apply", [applied_by_simpleitk, applied_by_ants])
-def test_the_explorers_files_fit_together_in_the_scans_own_space(case, registered, tmp_path, apply):  # noqa: F811
+def test_the_explorers_files_fit_together_in_the_scans_own_space(pair, registered, tmp_path, apply):
     """Fixed and moving lie 50 mm apart in the scanner and have other voxels than the network's grid."""
-    warped, field, _ = save(case, registered.displacement, tmp_path, registered.sigma_mm)
-    theirs = apply(str(case.files[1]), str(field), str(case.files[0]))
+    warped, field, *_ = save(pair, registered.displacement, tmp_path, registered.sigma_mm)
+    theirs = apply(str(pair.files[1]), str(field), str(pair.files[0]))
     ours = read_image(warped).data
     np.testing.assert_allclose(theirs[INNER], ours[INNER], atol=5e-4)
 

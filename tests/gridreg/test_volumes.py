@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from gridreg.errors import InputError
+from gridreg.scans.geometry import apply_affine
+from gridreg.scans.intensity import Intensity, normalise
 from gridreg.scans.volumes import (
-    apply_affine,
     read_displacement,
     read_field_mm,
     read_image,
     read_labels,
-    read_landmarks,
-    read_points,
     write_displacement,
-    write_landmarks,
     write_volume,
 )
 
@@ -96,7 +97,7 @@ def broken(kind: str, folder: Path, ramp: np.ndarray) -> Path:
         ("4-D", "the shape 9×11×7×2", "one 3-D volume"),
         ("2-D", "the shape 9×11,", "one 3-D volume"),
         ("one slice", "the shape 9×11×1,", "at least 4 voxels per axis"),
-        ("nan", "1 voxels that are NaN", "finite"),
+        ("nan", "1 voxels that are NaN", "`nan: background` accepts NaN"),
         ("inf", "1 voxels that are NaN or infinite", "finite"),
         ("constant", "the value 7 in every voxel", "contrast"),
         ("complex", "complex64", "one real number"),
@@ -120,11 +121,12 @@ def test_labels(tmp_path, ramp):
     image = read_image(save(tmp_path / "i.nii.gz", ramp, OBLIQUE))
     stored = np.arange(ramp.size).reshape(SHAPE) % 4
     path = save(tmp_path / "l.nii.gz", stored.astype(np.uint8), OBLIQUE)
-    labels = read_labels(path, image)
+    labels, notes = read_labels(path, image)
+    assert notes == ()
     assert labels.dtype == np.int16 and labels[0, 1, 2] == stored[-1, 1, 2], "flipped to RAS with its image"
-    assert set(np.unique(read_labels(path, image, keep=[2]))) == {0, 2}
+    assert set(np.unique(read_labels(path, image, keep=[2])[0])) == {0, 2}
     close = OBLIQUE + 1e-4  # a header rounded to single precision is no mismatch
-    assert read_labels(save(tmp_path / "c.nii.gz", stored.astype(np.uint8), close), image).any()
+    assert read_labels(save(tmp_path / "c.nii.gz", stored.astype(np.uint8), close), image)[0].any()
     shifted = OBLIQUE.copy()
     shifted[0, 3] += 1
     for data, affine, keep, message in (
@@ -140,42 +142,100 @@ def test_labels(tmp_path, ramp):
             read_labels(bad, image, keep)
 
 
-def test_landmarks_in_both_units(tmp_path, ramp):
+def test_unusual_label_values_matter_only_where_they_are_wanted(tmp_path, ramp):
     image = read_image(save(tmp_path / "i.nii.gz", ramp, OBLIQUE))
-    stored = np.array((2.0, 3.5, 4.0))  # voxel of the file, which is not RAS
-    world = apply_affine(OBLIQUE, stored)
-    (tmp_path / "v.csv").write_text("name,x_voxel,y_voxel,z_voxel\ncyst,2,3.5,4\n")
-    (tmp_path / "w.csv").write_text("name,x_mm,y_mm,z_mm\n\ncyst," + ",".join(map(str, world)) + "\n")
-    for table in ("v.csv", "w.csv"):
-        np.testing.assert_allclose(read_landmarks(tmp_path / table, image)["cyst"], world)
-    write_landmarks(tmp_path / "o.csv", {"cyst, left": stored})
-    points, unit = read_points(tmp_path / "o.csv")
-    assert unit == "voxel" and points["cyst, left"].tolist() == stored.tolist()
+    stored = (np.arange(ramp.size).reshape(SHAPE) % 5).astype(np.float64)
+    wanted = np.where(np.isin(stored, (1, 2)), stored, 0)[::-1]
+    for change in (
+        lambda v: np.where(v == 3, -1, v),
+        lambda v: np.where(v == 3, 40000, v),
+        lambda v: np.where(v == 4, 70000, v),
+    ):
+        path = save(tmp_path / "l.nii.gz", change(stored), OBLIQUE)
+        labels, notes = read_labels(path, image, [1, 2])
+        assert np.array_equal(labels, wanted) and labels.dtype == np.int16 and notes == ()
+        with pytest.raises(InputError, match="l.nii.gz: found label values from .* `labels` can name those to use"):
+            read_labels(path, image)
+    path = save(tmp_path / "l.nii.gz", stored + np.where(stored > 0, 1e-6, -1e-6), OBLIQUE)  # rounding is no fraction
+    assert np.array_equal(read_labels(path, image)[0], stored[::-1])
+    path = save(tmp_path / "l.nii.gz", np.where(stored == 4, 1.5, stored), OBLIQUE)
+    labels, notes = read_labels(path, image, [1, 2])
+    assert np.array_equal(labels, wanted) and "voxels hold no whole number" in notes[0] and str(path) in notes[0]
+    with pytest.raises(InputError, match="from 0 to 32767"):
+        read_labels(path, image, [40000])
 
 
-@pytest.mark.parametrize(
-    ("text", "found", "expected"),
-    [
-        ("", "an empty file", "landmarks"),
-        ("name,x_mm,y_mm,z_mm\n", "a header and no landmarks", "at least one"),
-        ("12.5,3,4\n1,2,3\n", "states no unit", "x_voxel,y_voxel,z_voxel"),
-        ("name,x,y,z\na,1,2,3\n", "states no unit", "x_mm"),
-        ("name,x_voxel,y_voxel,z_voxel\na,1,2,30\n", "landmark 'a' at voxel [1.0, 2.0, 30.0]", "inside the 9×11×7"),
-        ("name,x_mm,y_mm,z_mm\na,1,2\n", "the row 'a,1,2'", "three finite"),
-        ("name,x_mm,y_mm,z_mm\na,1,2,nan\n", "nan", "finite"),
-        ("name,x_mm,y_mm,z_mm\na,1,2,3\na,1,2,4\n", "the row 'a,1,2,4'", "a new name"),
-        (None, "no such file", "table"),
-    ],
-)
-def test_landmarks_refused(tmp_path, ramp, text, found, expected):
-    image = read_image(save(tmp_path / "i.nii.gz", ramp))
-    if text is not None:
-        (tmp_path / "points.csv").write_text(text)
-    with pytest.raises(InputError) as error:
-        read_landmarks(tmp_path / "points.csv", image)
-    message = str(error.value)
-    assert "points.csv: found" in message and found in message
-    assert expected in message.split("expected", 1)[1]
+def test_nan_may_be_background(tmp_path, ramp):
+    data = ramp.copy()
+    data[:3] = np.nan
+    path = save(tmp_path / "spm.nii.gz", data, OBLIQUE)
+    volume = read_image(path, "background")
+    labels, _ = read_labels(
+        save(tmp_path / "l.nii.gz", np.where(np.isnan(data), np.nan, 1.0), OBLIQUE), volume, None, "background"
+    )
+    image = normalise(volume.data, Intensity(nan="background"))
+    assert (image[-3:] == 0).all() and not labels[-3:].any() and labels[:-3].all(), "flipped to RAS"
+    np.testing.assert_array_equal(image[:-3], normalise(ramp[3:][::-1]))
+    with pytest.raises(InputError, match="NaN"):
+        read_labels(tmp_path / "l.nii.gz", volume)
+    data[5, 5, 5] = np.inf
+    with pytest.raises(InputError, match="1 voxels that are infinite"):
+        read_image(save(tmp_path / "spm.nii.gz", data, OBLIQUE), "background")
+    with pytest.raises(InputError, match="in every voxel"):
+        read_image(save(tmp_path / "spm.nii.gz", np.where(data < 2, np.nan, 5.0), OBLIQUE), "background")
+
+
+def ct(pad: float | None = None, metal: float | None = None, air: float = -1000) -> np.ndarray:
+    """A trunk of fat (-100 HU) around a liver (60 HU) and bone (900 HU)."""
+    scan = np.full((40, 40, 24), air, np.float32)
+    scan[6:34, 6:34, 3:21] = -100
+    scan[14:28, 12:28, 6:18] = 60
+    scan[18:20, 28:30, 3:21] = 900
+    if pad is not None:
+        scan[:3] = scan[-3:] = pad
+    if metal is not None:
+        scan[29:32, 16:22, 8:18] = metal
+    return scan
+
+
+def contrast(scan: np.ndarray, intensity: Intensity = Intensity()) -> float:
+    """Liver minus fat."""
+    image = normalise(scan, intensity)
+    return float(image[20, 20, 10] - image[8, 8, 10])
+
+
+def test_padding_and_metal_do_not_cost_contrast():
+    plain = contrast(ct())
+    assert plain == pytest.approx(160 / 1900, rel=1e-3)
+    for pad in (None, -3024, -2000, -2048, -32768):
+        for metal in (None, 2500, 3071, 30000):
+            assert contrast(ct(pad, metal)) == pytest.approx(plain, rel=0.05), (pad, metal)
+    smeared, unpadded = (gaussian_filter(ct(pad), (1, 0, 0)) for pad in (-3024, None))  # as a resampling leaves it
+    assert contrast(smeared) == pytest.approx(contrast(unpadded), rel=0.05)
+    inner = ct()[8:32, 8:32, 4:20]  # without air around it
+    padded = inner.copy()
+    padded[:2] = -3024
+    assert contrast(padded) == pytest.approx(contrast(inner), rel=0.05)
+    # what is no CT is scaled as ever: the lowest value is the background
+    other = ct() * 2 + 5000
+    assert normalise(other).min() == 0 and contrast(other) == pytest.approx(plain, rel=1e-3)
+
+
+def test_window_and_padding_value():
+    window = Intensity(window=(-160, 240))
+    for scan in (ct(), ct(-3024, 3071)):
+        image = normalise(scan, window)
+        assert image.min() == 0 and image.max() == 1 and image[8, 8, 10] == np.float32(0.15)
+        assert contrast(scan, window) == pytest.approx(0.4)
+    shifted = np.where(ct() == -1000, 4095, ct() + 1024)  # padding may be the highest value
+    image = normalise(shifted, Intensity(padding_value=4095))
+    assert (image[shifted == 4095] == 0).all() and image[20, 20, 10] > image[8, 8, 10]
+    with pytest.raises(InputError, match="the lower one first"):
+        Intensity(window=(5, 5))
+    with pytest.raises(InputError, match="expected refuse or background"):
+        Intensity(nan="zero")
+    with pytest.raises(InputError, match=r"ct\.nii: found no contrast within the window 5000 to 6000"):
+        normalise(ct(), Intensity(window=(5000, 6000)), "ct.nii")
 
 
 def test_nothing_half_written(tmp_path, ramp, monkeypatch):
@@ -193,6 +253,42 @@ def test_nothing_half_written(tmp_path, ramp, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_volume(target, ramp + 1, OBLIQUE)
     assert [p.name for p in target.parent.iterdir()] == ["x.nii.gz"] and target.read_bytes() == before
+
+
+def test_a_full_disk_names_the_file(tmp_path, ramp, monkeypatch):
+    def full(image, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nibabel, "save", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_volume(tmp_path / "x.nii.gz", ramp, OBLIQUE)
+    assert error.value.filename == str(tmp_path / "x.nii.gz") and not list(tmp_path.iterdir())
+
+
+def test_displacement_fields_are_read_by_their_intent(tmp_path):
+    """The same displacement as RAS (1006) and as LPS (1007), as SimpleITK reads both."""
+    for intent, vector in ((1006, (1, 2, 3)), (1007, (-1, -2, 3))):
+        path = tmp_path / f"{intent}.nii.gz"
+        image = nibabel.Nifti1Image(np.broadcast_to(np.float32(vector), (*SHAPE, 1, 3)).copy(), OBLIQUE)
+        image.header.set_intent(intent)
+        nibabel.save(image, path)
+        field, affine = read_field_mm(path)
+        np.testing.assert_allclose(field[:, 4, 5, 3], (1, 2, 3))
+        np.testing.assert_allclose(sitk.ReadImage(str(path)).GetPixel(4, 5, 3), (-1, -2, 3))
+        np.testing.assert_allclose(affine, OBLIQUE, atol=1e-5)
+    for intent in (0, 1008, 2006):  # none, a point set, and a warp of FSL
+        image.header["intent_code"] = intent
+        nibabel.save(image, tmp_path / "other.nii.gz")
+        with pytest.raises(InputError, match=f"other.nii.gz: found the NIfTI intent {intent}, expected 1007"):
+            read_field_mm(tmp_path / "other.nii.gz")
+    vectors = sitk.GetImageFromArray(np.broadcast_to(np.float32((-1, -2, 3)), (*SHAPE[::-1], 3)).copy(), isVector=True)
+    sitk.WriteImage(vectors, str(tmp_path / "sitk.nii.gz"))
+    np.testing.assert_allclose(read_field_mm(tmp_path / "sitk.nii.gz")[0][:, 4, 5, 3], (1, 2, 3))
+    image = nibabel.Nifti1Image(np.ones((*SHAPE, 1, 3), np.float32), OBLIQUE)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("micron")  # of the lattice; ITK takes vectors as they are
+    nibabel.save(image, tmp_path / "micron.nii.gz")
+    np.testing.assert_allclose(read_field_mm(tmp_path / "micron.nii.gz")[1][:3], OBLIQUE[:3] / 1000, atol=1e-7)
 
 
 def test_displacement_is_an_itk_field(tmp_path):

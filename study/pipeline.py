@@ -1,0 +1,282 @@
+"""Run what changed of dvc.yaml, stages side by side: `make repro`. `dvc pull && dvc repro` does the same one by one.
+
+    python -m study.pipeline                    every stage that changed, two at a time
+    python -m study.pipeline --jobs 8           eight at a time; the cores are shared between them
+    python -m study.pipeline --from train       these stages and all that need them again, changed or not
+
+A stage starts when those it needs have ended. With several GPUs every job has its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from gridreg.errors import InputError, exit_status
+from study import ROOT
+from study.config.pipeline import write_in_use
+from study.locks import locked
+
+Result = TypeVar("Result")
+FIRST = "settings"  # every other stage depends on what it writes
+LOADED = ("dvc.commands.repro", "dvc.commands.status", "dvc.repo.reproduce", "dvc.stage.run", "dvc.stage.cache",
+          "dvc.dvcfile", "dvc.output", "dvc.parsing", "dvc.dependency.param", "dvc.repo.index", "dvc.ignore",
+          "dvc.cachemgr", "dvc.data_cloud", "dvc.scm", "dvc_data.hashfile.state", "networkx")  # fmt: skip
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---- Which stages ---------------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """The stages that are to run, in an order in which each comes after those it needs.
+
+    needs  what each stage of ``todo`` waits for, name → names; names outside ``todo`` are up to date
+    """
+
+    def __init__(self, todo: Iterable[str], needs: dict[str, set[str]]):
+        self.waiting = list(todo)
+        self.needs = {name: needs.get(name, set()) & set(self.waiting) for name in self.waiting}
+        self.ended: set[str] = set()
+
+    def next(self) -> str | None:
+        """The first stage whose needs have ended; None: none now."""
+        for name in self.waiting:
+            if self.needs[name] <= self.ended:
+                self.waiting.remove(name)
+                return name
+        return None
+
+
+def with_all_that_need_them(changed: Iterable[str], needs: dict[str, set[str]]) -> list[str]:
+    """The changed stages and every stage that needs one of them, in the order of ``needs``."""
+    found = set(changed)
+    while more := {name for name, needed in needs.items() if needed & found} - found:
+        found |= more
+    return [name for name in needs if name in found]
+
+
+# ---- DVC ------------------------------------------------------------------------------------------------------------
+
+
+def patiently(call: Callable[[], Result], seconds: float = 1.0) -> Result:
+    """The result of a call that takes DVC's lock, as soon as no other process has it; a line says what is waited for."""
+    from dvc.lock import LockError
+
+    said = False
+    while True:
+        try:
+            return call()
+        except LockError:
+            if not said:
+                say(f"DVC is at work in {ROOT}: found its lock taken{_holder()}; waiting until it is free.")
+            said = True
+            time.sleep(seconds)
+
+
+def _holder() -> str:
+    """`` by process 123`` from DVC's lock file."""
+    try:
+        number = (ROOT / ".dvc" / "tmp" / "lock").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" by process {number}" if number.isdecimal() else ""
+
+
+def open_repository() -> Any:
+    """DVC's view of this folder. InputError, with what to do, where it is no clone."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        return Repo(str(ROOT))
+    except SCMError as error:
+        raise InputError(
+            f"{ROOT}: found no git repository, as in a ZIP download; expected a clone (git clone), or `git init` "
+            "in this folder first"
+        ) from error
+    except DvcException as error:
+        raise InputError(
+            f"{ROOT}: DVC cannot open it ({_in_one_line(error)}); expected the folder as it was cloned"
+        ) from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    texts = []
+    while error is not None:
+        texts.append(" ".join(str(error).split()))
+        error = error.__cause__
+    return ": ".join(dict.fromkeys(text for text in texts if text))
+
+
+def stages_of(repository: Any) -> dict[str, set[str]]:
+    """Every stage of dvc.yaml in its order there, and the stages it needs. A frozen one (benchmark) is left alone."""
+    graph = repository.index.graph
+    names = {
+        stage: stage.addressing
+        for stage in repository.index.stages
+        if stage.is_data_source is False and not stage.frozen
+    }
+    return {
+        name: {names[needed] for needed in graph.successors(stage) if needed in names} for stage, name in names.items()
+    }
+
+
+def fetch(repository: Any, cohorts: Iterable[str]) -> None:
+    """Bring what is missing here and lies in the store: cohorts, checkpoints, results. InputError where that fails.
+
+    What somebody has put into data/ stays: where this folder exists, only the missing folders of cohorts are brought.
+    """
+    from dvc.exceptions import DvcException
+
+    missing = []
+    for stage in repository.index.stages:
+        for out in stage.outs:
+            if out.hash_info and not os.path.lexists(out.fs_path):
+                missing.append(os.path.relpath(out.fs_path, ROOT))
+            elif out.hash_info and stage.is_data_source:
+                folders = [folder for folder in cohorts if folder.startswith(f"{os.path.relpath(out.fs_path, ROOT)}/")]
+                missing += [folder for folder in folders if not (ROOT / folder).exists()]
+    if not missing:
+        return
+    say(f"dvc pull: {len(missing)} files and folders are missing here")
+    from dvc.ui import ui
+
+    ui.enable()
+    try:
+        patiently(lambda: repository.pull(targets=missing, allow_missing=True))
+    except DvcException as error:
+        raise InputError(
+            f"dvc pull: {_in_one_line(error)}; expected {', '.join(missing[:3])}{' …' if missing[3:] else ''} to come "
+            "from .dvc-store/; `dvc pull -v` tells more, and files in the way are to be moved elsewhere"
+        ) from error
+    absent = [folder for folder in cohorts if not (ROOT / folder).exists()]
+    if absent:
+        raise InputError(f"{absent[0]}: found no such folder, here or in the store; expected a cohort there")
+
+
+def changed_stages(repository: Any) -> set[str]:
+    return set(patiently(repository.status))
+
+
+def run_stage(name: str, options: list[str], environment: dict[str, str]) -> None:
+    """`dvc repro --single-item NAME`, in a process of its own; ends it with DVC's status."""
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    from dvc.cli import main as dvc
+
+    sys.exit(dvc(["--wait-for-lock", "repro", "--single-item", *options, name]))
+
+
+# ---- Side by side ---------------------------------------------------------------------------------------------------
+
+
+def environments(jobs: int, gpus: int, cores: int) -> list[dict[str, str]]:
+    """What each of the jobs gets: its share of the cores, and its GPU where there are several."""
+    share = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    return [share | ({"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus > 1 else {}) for job in range(jobs)]
+
+
+def run(
+    schedule: Schedule, slots: list[dict[str, str]], options: list[str], target: Callable[..., None] = run_stage
+) -> str | None:
+    """Run the stages of the schedule, as many at a time as there are slots. Returns the name of one that failed, or None.
+
+    After a failure no further stage starts; those that run come to their end.
+    """
+    context = multiprocessing.get_context("forkserver")  # children start with DVC loaded, which takes it a second
+    context.set_forkserver_preload(list(LOADED))
+    running: dict[Any, tuple[str, dict[str, str], Any]] = {}
+    free, failed = list(slots), None
+    while True:
+        while free and failed is None and (name := schedule.next()) is not None:
+            slot = free.pop(0)
+            process = context.Process(target=target, args=(name, options, slot))
+            process.start()
+            running[process.sentinel] = name, slot, process
+        if not running:
+            return failed
+        for sentinel in wait(list(running)):
+            name, slot, process = running.pop(sentinel)
+            process.join()
+            free.append(slot)
+            schedule.ended.add(name)
+            if process.exitcode != 0:
+                failed = failed or name
+
+
+def number_of_gpus() -> int:
+    """Those of this machine; 1 where CUDA_VISIBLE_DEVICES says already which one is to be used."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") or shutil.which("nvidia-smi") is None:
+        return 1
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return len(listed.stdout.splitlines())
+
+
+def reproduce(jobs: int, gpus: int, start: str | None = None) -> None:
+    """Bring everything up to date. InputError where the repository, the data or a stage fails."""
+    for line in write_in_use(ROOT / "params.yaml"):
+        say(line)
+    slots = environments(
+        jobs, gpus, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    with locked(ROOT / "dvc.lock", say=say):
+        repository = open_repository()
+        from study.config.files import read
+
+        fetch(repository, read(ROOT / "in_use.yaml")["in_use"]["cohorts"].values())
+        needs = stages_of(repository)
+        options = ["--pull"]
+        failed = run(Schedule([FIRST], {}), slots, options)
+        if failed is None:
+            repository = open_repository()
+            if start is None:
+                todo = with_all_that_need_them(changed_stages(repository) & set(needs), needs)
+            else:
+                chosen = [name for name in needs if name.split("@")[0] == start or name == start]
+                if not chosen:
+                    kinds = dict.fromkeys(name.split("@")[0] for name in needs)
+                    raise InputError(f"dvc.yaml: no stage is called {start}; expected one of {', '.join(kinds)}")
+                todo, options = with_all_that_need_them(chosen, needs), ["--force", "--no-run-cache"]
+            say(f"{len(todo)} of {len(needs)} stages to bring up to date, {min(jobs, max(1, len(todo)))} at a time")
+            failed = run(Schedule(todo, needs), slots, options)
+    if failed is not None:
+        raise InputError(
+            f"stage {failed}: failed, for the reason above (its notebook in executed/ has the traceback); "
+            "the stages that need it were not run"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m study.pipeline", description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, help="stages side by side (default: 2; on GPUs as many as there are)")
+    parser.add_argument("--gpus", type=int, help="GPUs to share out (default: all)")
+    parser.add_argument(
+        "--from", dest="start", metavar="STAGE", help="run this stage and all that need it, changed or not"
+    )
+    options = parser.parse_args()
+    gpus = number_of_gpus() if options.gpus is None else options.gpus
+    jobs = max(2, gpus) if options.jobs is None else options.jobs
+    if jobs < 1:
+        parser.error("--jobs: expected a number of at least 1")
+    try:
+        return exit_status(lambda: reproduce(jobs, gpus, options.start))
+    except KeyboardInterrupt:
+        say("interrupted; what is finished is kept, and a training goes on where it stood")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """The experiment behind Figure 1: what a wrong correspondence does to coarse grids, fine grids and a dense field.
 
-Pairs of simulated slices with a known smooth deformation: a homogeneous disc (the organ) in textured surroundings. Into
-otherwise perfect pairs one thing at a time is injected: image noise, a spot that lies at different places of the disc
-in the two images (the orange stars of Figure 1), or a mask of the disc with a wrong contour, beside the same with the
-right one. Every pair is then registered with the losses of this package by optimising the control points themselves, no
-network between, at several grid sizes and weights of the bending energy, the other way to keep a field smooth. The last
+Pairs of simulated slices have a known smooth deformation. They show a homogeneous disc (the organ) in textured surroundings.
+Into otherwise perfect pairs one thing at a time is injected: image noise, a spot that lies at different places of the disc in
+the two images (the orange stars of Figure 1), or a mask of the disc with a wrong contour, for comparison also with the right
+one. Every pair is then registered with the losses of ``gridreg`` by optimising the control points themselves, without a
+network, at several grid sizes and weights of the bending energy, which is the other way to keep a field smooth. The last
 condition is the converse: nothing is wrong, and the deformation has details that only a fine grid can follow.
 
 A slice is a volume (1, n, n) with one control point along its first axis and no displacement along it, so that the
@@ -41,8 +41,8 @@ BENDING_WEIGHTS = (PAPERS_WEIGHT, PAPERS_WEIGHT / 10, PAPERS_WEIGHT / 100)
 DICE_WEIGHT = 0.3  # as in params.yaml
 STEPS = 60  # of Adam, at each grid
 CONVERGENCE = (
-    f"Not converged: {STEPS} steps at each grid, each finer one starting from what the coarser one found (with 600, over five "
-    "pairs, means in the disc move by up to 0.35 voxels)."
+    f"The optimisation has not converged: it runs {STEPS} steps at each grid, and each finer grid starts from the coarser one. With 600 "
+    "steps, over five pairs, the means in the disc change by up to 0.35 voxels."
 )
 CONDITIONS = {  # name in figures → what is injected
     "nothing": {},
@@ -55,8 +55,8 @@ CONDITIONS = {  # name in figures → what is injected
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One simulated pair, slices (n, n); displacement (2, n, n) in voxels, true, from fixed to moving."""
+class SlicePair:
+    """One simulated pair of slices (n, n); ``displacement`` (2, n, n) is the true one, in voxels, from fixed to moving."""
 
     fixed: np.ndarray
     moving: np.ndarray
@@ -68,7 +68,7 @@ class Pair:
 
 
 def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = False, rough: bool = False,
-             details: bool = False) -> Pair:  # fmt: skip
+             details: bool = False) -> SlicePair:  # fmt: skip
     """A pair, equal for equal seeds but for what is injected; every draw is made whether it is used or not."""
     rng = np.random.default_rng(seed)
     waves = rng.uniform(8, 24, 40), rng.uniform(0, 2 * np.pi, 40), rng.uniform(0, 2 * np.pi, 40)
@@ -95,7 +95,7 @@ def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = Fa
         fixed, moving = fixed + _spot(y, here), moving + _spot(x, there)
     if rough:
         fixed_mask = _distance(y, _beside_disc(0.0, 0.0)) < RADIUS + _roughness(angles[1:], y)
-    return Pair(fixed + noise * noises[0], moving + noise * noises[1], fixed_mask, moving_mask, u, disc, spots)
+    return SlicePair(fixed + noise * noises[0], moving + noise * noises[1], fixed_mask, moving_mask, u, disc, spots)
 
 
 def _smooth_field(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
@@ -154,14 +154,13 @@ def _preimage(point: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def register(
-    pairs: Sequence[Pair], grids: Sequence[int] = GRIDS, bending_weight: float = PAPERS_WEIGHT, steps: int = STEPS
+    pairs: Sequence[SlicePair], grids: Sequence[int] = GRIDS, bending_weight: float = PAPERS_WEIGHT, steps: int = STEPS
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Register pairs by optimising their control points with Adam, at one grid size after the other.
 
-    Each grid starts from what the one before found, so that a fine grid or a dense field does not fail for want of a
-    good start; ``steps`` are for each. The loss is that of training: similarity of image and control points, Dice of
-    the masks, bending energy. Returns grid → (displacements (B, 2, n, n) in voxels, mean squared intensity differences
-    reached (B,)).
+    Each grid starts from the result of the one before, so that a fine grid or a dense field does not fail because of a bad
+    start; ``steps`` are for each. The loss is that of training: similarity of image and control points, Dice of the masks,
+    bending energy. Returns grid → (displacements (B, 2, n, n) in voxels, mean squared intensity differences reached (B,)).
     """
     fixed, moving = (_as_volumes(pairs, *names) for names in (("fixed", "fixed_mask"), ("moving", "moving_mask")))
     found, start = {}, torch.zeros(len(pairs), 3, 1, 2, 2)
@@ -182,10 +181,10 @@ def _optimise(start: Tensor, fixed: Tensor, moving: Tensor, bending_weight: floa
     for _ in range(steps):
         control_points = start + F.pad(moved * SIZE, (0, 0, 0, 0, 0, 0, 1, 0))  # nothing moves along the first axis
         warped = warp(moving, upsample(control_points, (1, SIZE, SIZE)))
-        loss = losses.similarity("mse", fixed[:, :1], warped[:, :1], tuple(control_points.shape[2:]))
+        loss = losses.similarity_loss("mse", fixed[:, :1], warped[:, :1], tuple(control_points.shape[2:]))
         loss = loss + bending_weight * losses.grid_bending_energy(control_points, (3, SIZE, SIZE))
         # means over pairs become sums, so that no pair knows of the others; those without masks add nothing to the Dice
-        loss = loss * len(fixed) + DICE_WEIGHT * masked * losses.dice(fixed[:, 1:], warped[:, 1:])
+        loss = loss * len(fixed) + DICE_WEIGHT * masked * losses.dice_loss(fixed[:, 1:], warped[:, 1:])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -193,7 +192,7 @@ def _optimise(start: Tensor, fixed: Tensor, moving: Tensor, bending_weight: floa
     return control_points.detach()
 
 
-def _as_volumes(pairs: Sequence[Pair], *names: str) -> Tensor:
+def _as_volumes(pairs: Sequence[SlicePair], *names: str) -> Tensor:
     """(B, channels, 1, n, n) of the named slices."""
     slices = [[getattr(pair, name) for name in names] for pair in pairs]
     return torch.from_numpy(np.array(slices)).float()[:, :, None]
@@ -205,7 +204,7 @@ def run(
     conditions: Iterable[str] = tuple(CONDITIONS),
     bending_weights: Sequence[float] = BENDING_WEIGHTS,
     steps: int = STEPS,
-) -> tuple[pd.DataFrame, dict[tuple[str, float, int], tuple[Pair, np.ndarray]]]:
+) -> tuple[pd.DataFrame, dict[tuple[str, float, int], tuple[SlicePair, np.ndarray]]]:
     """Register a pair of every seed under every condition, at every grid size and weight of the bending energy.
 
     Returns a frame, one row a registration, with columns condition, bending_weight, grid, seed, error_disc,

@@ -1,9 +1,9 @@
-"""The oracle: how close a grid of control points can come to the true displacement, whoever places them.
+"""The oracle: how close a grid of control points can come to the true displacement, whoever places the points.
 
-A registration errs for two reasons. Its grid cannot express the truth (approximation, shrinking with more control
-points), and it does not find the best field its grid can express (estimation: noise, homogeneous tissue, a network).
-The least-squares fit of the control points to the truth has the first error alone. What a registration has on top of
-it is the second. This needs the truth, so it belongs to simulated cohorts, and no choice may rest on it.
+A registration errs for two reasons. Its grid cannot express the truth: the approximation error, which shrinks with more
+control points. And it does not find the best field that its grid can express: the estimation error, from noise, homogeneous
+tissue and the network. The least-squares fit of the control points to the truth has the first error alone. This needs the
+truth, so it belongs to simulated cohorts, and no setting may be chosen by it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gridreg.upsampling import basis
 from study.cohorts.dataset import Preprocessed
 from study.methods.table import grid_name
 
-TOLERANCE = 1e-8  # of the gradient of the residual, relative: the error is then right far below what a table prints
+TOLERANCE = 1e-8  # relative, of the residual's gradient: the error is then exact to all digits that a table prints
 ITERATIONS = 2000
 
 
@@ -31,7 +31,7 @@ def best_control_points(truth: np.ndarray, region: np.ndarray, grid_size: int | 
 
     truth      (3, W, H, D) voxels
     region     (W, H, D) bool
-    grid_size  control points, of the whole image, as everywhere
+    grid_size  control points of the whole image
     method     "trilinear", "bspline" or "deconv"
     returns    (3, gw, gh, gd) voxels, float64; a control point that reaches no voxel of the region stays 0
 
@@ -94,12 +94,11 @@ def oracle_table(
     """
     rows = []
     for fixed, moving in tqdm(data.pairs(split), f"oracle {dataset}", unit="pair", mininterval=2):
-        known = data.truth(fixed, moving)
-        if known is None:
+        pair = data.pair(fixed, moving)
+        if pair.truth is None:
             continue
-        labels = data.labels(fixed)
-        region = known[1] if labels is None else known[1] & (labels > 0)
+        truth, known = pair.truth
         for grid in map(as_shape, grids):
-            error = oracle_error_mm(known[0], region, data.spacing, grid, method)
+            error = oracle_error_mm(truth, known & pair.region, pair.spacing_mm, grid, method)
             rows.append((dataset, fixed, moving, grid_name(grid), error))
     return pd.DataFrame(rows, columns=["dataset", "fixed", "moving", "grid", "oracle_mm"])

@@ -1,4 +1,4 @@
-"""Predicted uncertainty beside the error that is known: what Figure 7 and the calibration are computed from."""
+"""Predicted uncertainty beside the known error: the numbers behind Figure 7 and its calibration table."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from gridreg.upsampling import upsample, upsample_sigma
 from study.cohorts.dataset import Preprocessed
 from study.evaluation.evaluate import register
 
-VOXELS = (
-    20_000  # of a pair, at most: all those of hundreds of pairs in the paper's size would be 100 GB, and say no more
-)
+VOXELS = 20_000  # of a pair, at most: all voxels of hundreds of pairs in the paper's size would take 100 GB
 COLUMNS = ["dataset", "run", "simulated", "grid", "propagation", "scaling", "factor", "fitted_on", "pairs"]
 
-# From the control points to the voxels between them. The head predicts no correlations, so either is an assumption, and
-# they are the two ends: neighbours that err together are neither independent nor one.
+# From the control points to the voxels between them. The head predicts no correlations of neighbours, so both of these
+# are assumptions. The truth lies between them.
 INDEPENDENT, CORRELATED = "independent", "fully correlated"
 PROPAGATIONS = {
     INDEPENDENT: upsample_sigma,  # variances add up with squared weights: between control points errors average out
-    CORRELATED: upsample,  # σ is interpolated like the displacement: they do not
+    CORRELATED: upsample,  # σ is interpolated like the displacement: errors do not average out
 }
 
 
@@ -49,7 +47,7 @@ class Uncertain(NamedTuple):
 
 
 def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: str) -> Iterator[Uncertain]:
-    """Every pair of a split, registered at ``grid``, one after the other: whole volumes, so keep few of them."""
+    """Every pair of a split, registered at ``grid``, one after the other. They are whole volumes: keep few of them."""
     where = device()
     network = network.to(where).eval()
     for fixed, moving in tqdm(data.pairs(split), f"uncertainty {split}", unit="pair", mininterval=2, leave=False):
@@ -62,7 +60,8 @@ def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: 
         error = np.full((3, *pair.shape), np.nan)
         if pair.truth is not None:
             truth, known = pair.truth
-            error = np.where(known, (registration.displacement[0].cpu().numpy() - truth) * pair.spacing_mm, np.nan)
+            found_mm = (registration.displacement[0].cpu().numpy() - truth) * pair.spacing_mm
+            error = np.where(known, found_mm, np.nan)
         yield Uncertain(fixed, moving, sigma, error, pair.region & np.isfinite(error).all(0))
 
 
@@ -80,9 +79,10 @@ def calibration_rows(
 ) -> pd.DataFrame:
     """``calibration.report`` on the test pairs, as predicted and after one factor fitted on the validation pairs.
 
-    measured, fitted  ``joined`` test and validation pairs; pairs: how many these are
+    measured, fitted   ``joined`` test and validation pairs
+    pairs              their numbers
 
-    Two rows for either propagation. No row where the truth of either is not known.
+    Two rows for either propagation; none where the truth of the test or the validation pairs is not known.
     """
     rows = []
     for name in measured if fitted else ():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gridreg.metrics import tre_mm
+from gridreg.scans.pair import Pair
 from gridreg.upsampling import METHODS, basis, upsample
 from study.evaluation import oracle
 
@@ -81,19 +82,15 @@ def test_a_control_point_that_reaches_nothing_stays_zero(rng):
 class OnePair:
     """As much of a preprocessed dataset as the table reads: a pair with truth, and one without."""
 
-    spacing = 2.0
-
     def __init__(self, truth, known, labels):
         self.known, self.map = (truth, known), labels
 
     def pairs(self, split):
         return {"test": [("a", "b"), ("a", "c")], "val": []}[split]
 
-    def truth(self, fixed, moving):
-        return self.known if moving == "b" else None
-
-    def labels(self, subject):
-        return self.map
+    def pair(self, fixed, moving):
+        image, known = np.zeros(SHAPE, np.float32), self.known if moving == "b" else None
+        return Pair("", image, image, np.eye(4), 2.0, (), (), labels=(self.map, None), truth=known)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -11,7 +11,7 @@ from typing import Any
 
 from gridreg.errors import InputError
 from study.config.messages import check, refuse_unknown
-from study.config.runs import agree, complete, fit, training_arguments
+from study.config.runs import agree, complete, fit, known_datasets, training_arguments
 from study.config.schema import UNTRAINED, AblationRun, defaults, hints
 
 OWN = tuple(hints(AblationRun))  # of and seed, beside what differs
@@ -43,10 +43,10 @@ def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
         refuse_unknown(name, section["runs"], "run", f"{source}: ablation.use")
     if not section["use"]:
         return
-    refuse_unknown(section["dataset"], params["datasets"], "dataset", f"{source}: ablation")
-    for name in list(section["use"]):
-        block, where = params["datasets"][section["dataset"]], f"{source}: ablation.runs.{name}"
-        reason = fit(_run(section, name), section["dataset"], block, where)
+    refuse_unknown(section["dataset"], known_datasets(params), "dataset", f"{source}: ablation")
+    block = params["datasets"].get(section["dataset"])
+    for name in list(section["use"]) if block else ():
+        reason = fit(_run(section, name), section["dataset"], block, f"{source}: ablation.runs.{name}")
         if reason:
             params["use"]["left_out"][f"ablation {name}"] = reason
             section["use"].remove(name)

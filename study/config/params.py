@@ -16,9 +16,8 @@ from study.config import ablation
 from study.config.files import read
 from study.config.messages import check, refuse_unknown
 from study.config.runs import agree, check_base, complete, fit, settings_for, train_settings, training_arguments
-from study.config.schema import MAIN_RUN, UNTRAINED, Params
+from study.config.schema import BUNDLED, MAIN_RUN, UNTRAINED, Params
 
-BUNDLED = ("data/prostate", "data/pelvis", "data/brain")  # cohorts that DVC fetches
 IN_USE = "in_use.yaml"  # beside params.yaml, by `pipeline`
 
 __all__ = ["load", "settings_for", "train_settings", "training_arguments"]
@@ -121,7 +120,8 @@ def _skip_datasets(params: dict, path: str | Path, known: dict[str, str]) -> Non
 
 def folder_found(folder: str, path: str | Path) -> bool:
     """Whether a cohort is there, or comes with the clone. `folder`: absolute, or from the folder of `path`."""
-    return os.path.normpath(folder) in BUNDLED or os.path.isdir(os.path.join(Path(path).parent, folder))
+    bundled = [os.path.join("data", name) for name in BUNDLED]
+    return os.path.normpath(folder) in bundled or os.path.isdir(os.path.join(Path(path).parent, folder))
 
 
 def recorded(path: str | Path) -> dict[str, str]:

@@ -73,6 +73,14 @@ def chosen(at: tuple[str, ...]) -> bool:
     return at[0] == "use" or at == ("ablation", "use")
 
 
+def existing(params: dict, at: tuple[str, ...], names: Any) -> Any:
+    """A list of what is run, without the names that the user has deleted."""
+    known = get(
+        params, ("datasets",) if at == ("use", "datasets") else ("runs",) if at[0] == "use" else ("ablation", "runs")
+    )
+    return [name for name in names if name in known] if isinstance(names, list) and isinstance(known, dict) else names
+
+
 def set_value(owner: Any, name: str, value: Any) -> None:
     """Set a value in place; a list keeps its comment and its [style]."""
     if not isinstance(value, list):
@@ -95,6 +103,8 @@ def write_values(params: Any, new: dict, old: dict, profile: str) -> tuple[bool,
         if not belongs(params, new, at):
             continue
         current, stock = get(params, at), get(old, at)
+        if chosen(at):
+            value, stock = existing(params, at, value), existing(params, at, stock)
         mine = current != (value if stock is ABSENT else stock)
         if mine and current is not ABSENT and chosen(at):
             stay += [".".join(at)] if current != value else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from gridreg.errors import InputError
 from study.config.messages import check, refuse_unknown
-from study.config.schema import METHODS, RUNS, TUNED, UNTRAINED, Train, defaults, hints
+from study.config.schema import BUNDLED, METHODS, RUNS, TUNED, UNTRAINED, Train, defaults, hints
 
 
 def check_base(base: Any, source: str | Path, place: str) -> None:
@@ -88,6 +88,11 @@ def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict
     return {"steps": section["refine_steps"], "similarity": trained["similarity"], "bending_weight": bending_weight}
 
 
+def known_datasets(params: dict) -> list[str]:
+    """Names that settings may give values for: a user who deletes a bundled cohort need not look for them."""
+    return list(dict.fromkeys([*params["datasets"], *BUNDLED]))
+
+
 def agree(params: dict, name: str, where: str) -> None:
     """Raise InputError unless the values of the run ``name`` agree with each other and with the sections beside runs."""
     values = params["runs"][name]
@@ -97,7 +102,7 @@ def agree(params: dict, name: str, where: str) -> None:
         )
     for tuned, by_name in values.items():
         for dataset in by_name if isinstance(by_name, dict) else ():
-            refuse_unknown(dataset, params["datasets"], "dataset", f"{where}.{tuned}")
+            refuse_unknown(dataset, known_datasets(params), "dataset", f"{where}.{tuned}")
     if values["method"] not in UNTRAINED:
         budget = train_settings(params, name)
         if (budget["steps"] is None) == (budget["epochs"] is None):

@@ -207,6 +207,7 @@ METHODS: dict[Method, type[Section]] = {
     "gridreg": GridReg,
 }
 UNTRAINED = ("identity", "syn")
+BUNDLED = ("prostate", "pelvis", "brain")  # cohorts that DVC fetches to data/; they may be named without being there
 MAIN_RUN = "gridreg-adaptive"  # every table compares with it, so it is always trained
 TUNED = ("learning_rate", "bending")  # of Train: a run may give a value for each dataset
 

@@ -151,6 +151,24 @@ def test_what_is_run_stays_as_the_user_chose_it(path):
     assert path.read_bytes() == before and not list(path.parent.glob("params.*.yaml"))
 
 
+def test_what_was_deleted_is_not_run_again(real):
+    before = real.read_text()
+    start, end = before.index("  pelvis:\n"), before.index("  brain:\n")
+    real.write_text(before[:start] + before[end:])
+    edit(real, "datasets: [prostate, pelvis, brain]", "datasets: [prostate, brain]")
+    edit(real, "keymorph, gridreg-5, ", "keymorph, ")
+    edit(real, "  gridreg-5: {of: gridreg, grids: [[5, 5, 5]]}\n", "")
+    for line in ("learning_rate: {prostate: 0.003, ", "affine_stage: {", "mask_margin: {prostate: 6"):
+        value = {"learning_rate": "pelvis: 0.001, ", "affine_stage": "pelvis: false", "mask_margin": ", pelvis: 6"}
+        edit(real, line + value[line.split(":")[0]], line)
+    mine = real.read_bytes()
+    for profile in ("smoke", "paper", "demo"):
+        assert switch(real, profile) == [f"{real}: rewritten with the values of profile {profile}"]
+        assert load(real)["use"]["datasets"] == ["prostate", "brain"]
+        assert "gridreg-5" not in load(real)["use"]["trained"]
+    assert real.read_bytes() == mine
+
+
 def test_a_profile_that_does_not_fit_is_refused_and_nothing_is_written(path):
     edit(path, "grids: [[5, 5, 5]]", "grids: [[5, 5, 23]]")  # fits 26 slices, but not the 20 of smoke
     before = path.read_bytes()

@@ -14,7 +14,7 @@ from small_params import block, edit, fresh
 
 from gridreg.errors import InputError
 from study.config.params import load, resolve, train_settings
-from study.config.pipeline import write_in_use
+from study.config.pipeline import write_in_use, write_settings
 from study.config.profiles import switch
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +192,20 @@ def test_the_cohort_of_the_documentation_is_taken_as_it_stands_in_every_profile(
     assert found["datasets"]["mine"] == mine and found["use"]["datasets"] == ["mine"] and found["profile"] == profile
     assert "gridreg-bayesian" not in found["use"]["trained"] and "gridreg-adaptive" in found["use"]["trained"]
     assert [line.split(":")[0] for line in lines] == ["gridreg-bayesian", "the ablations"]
+
+
+def test_a_user_may_delete_the_bundled_cohorts_and_edit_nothing_for_experts(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    start, end = text.index("\n  prostate:\n"), text.index("\n\n", text.index("\n  brain:\n"))
+    text = text[:start] + "\n  mine:\n" + block(tmp_path) + text[end:]
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("datasets: [prostate, pelvis, brain]", "datasets: [mine]"))
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    for profile in ("demo", "smoke", "paper"):
+        switch(path, profile)
+        assert write_in_use(path) == ["the ablations: left out, their dataset prostate is not in use"]
+        assert list(load(path)["datasets"]) == load(path)["use"]["datasets"] == ["mine"]
+        write_settings(path)
 
 
 def test_a_weight_of_the_bending_energy_has_no_default(path):

@@ -22,7 +22,7 @@ PLACE = "ablation"  # stands for the dataset where trainings are named
 def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
     """Check the section of otherwise complete values, and give it the bases, in place.
 
-    A run that cannot be trained on the dataset goes to `use.left_out`. Raises InputError.
+    A run that cannot be trained on the dataset goes to `use.left_out`, and so do all without their dataset. InputError.
     """
     section, bases = params["ablation"], params["base"]
     section["base"] = bases
@@ -44,11 +44,15 @@ def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
     if not section["use"]:
         return
     refuse_unknown(section["dataset"], known_datasets(params), "dataset", f"{source}: ablation")
-    block = params["datasets"].get(section["dataset"])
-    for name in list(section["use"]) if block else ():
-        reason = fit(_run(section, name), section["dataset"], block, f"{source}: ablation.runs.{name}")
+    dataset, use = section["dataset"], params["use"]
+    if dataset not in use["datasets"]:
+        why = "was skipped" if dataset in use["skipped"] else "is not in use"
+        use["left_out"]["the ablations"] = f"their dataset {dataset} {why}"
+        section["use"] = []
+    for name in list(section["use"]):
+        reason = fit(_run(section, name), dataset, params["datasets"][dataset], f"{source}: ablation.runs.{name}")
         if reason:
-            params["use"]["left_out"][f"ablation {name}"] = reason
+            use["left_out"][f"ablation {name}"] = reason
             section["use"].remove(name)
 
 

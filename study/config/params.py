@@ -53,9 +53,9 @@ def resolve(values: dict[str, Any], path: str | Path = "params.yaml", recall: bo
         agree(params, name, f"{path}: runs.{name}")
     params["use"] |= {"skipped": {}, "left_out": {}}
     _check_use(params, path)
-    ablation.resolve(params, path)
-    _leave_out_runs(params, path)
     _skip_datasets(params, path, recorded(path) if recall else {})
+    _leave_out_runs(params, path)
+    ablation.resolve(params, path)
     return params
 
 
@@ -88,21 +88,6 @@ def _check_use(params: dict, path: str | Path) -> None:
             )
 
 
-def _leave_out_runs(params: dict, path: str | Path) -> None:
-    """Take a run that does not fit a dataset in use out of `use`; the main run must fit every one."""
-    use = params["use"]
-    for name in list(use["trained"]):
-        where = f"{path}: runs.{name}"
-        reasons = [fit(params["runs"][name], d, params["datasets"][d], where) for d in use["datasets"]]
-        reason = next(filter(None, reasons), "")
-        if reason and name == MAIN_RUN:
-            raise InputError(f"{where} does not fit: {reason}")
-        if reason:
-            use["left_out"][name] = reason
-            use["trained"].remove(name)
-            use["refined"] = [other for other in use["refined"] if other != name]
-
-
 def _skip_datasets(params: dict, path: str | Path, known: dict[str, str]) -> None:
     """Move the datasets whose folder is not found from `use.datasets` to `use.skipped`."""
     use = params["use"]
@@ -111,11 +96,23 @@ def _skip_datasets(params: dict, path: str | Path, known: dict[str, str]) -> Non
         if not folder_found(folder, path) and known.get(name) != folder:
             use["skipped"][name] = f"its folder {folder} was not found"
             use["datasets"].remove(name)
-    own = params["ablation"]
-    if own["use"] and own["dataset"] not in use["datasets"]:
-        why = "was skipped" if own["dataset"] in use["skipped"] else "is not in use"
-        use["left_out"]["the ablations"] = f"their dataset {own['dataset']} {why}"
-        own["use"] = []
+
+
+def _leave_out_runs(params: dict, path: str | Path) -> None:
+    """Take a run that does not fit a dataset found out of `use`; the main run must fit every one."""
+    use = params["use"]
+    for name in list(use["trained"]):
+        where = f"{path}: runs.{name}"
+        reasons = {
+            d: fit(params["runs"][name], d, params["datasets"][d], where) for d in (*use["datasets"], *use["skipped"])
+        }
+        reason = next((reasons[d] for d in use["datasets"] if reasons[d]), "")
+        if reason and name == MAIN_RUN:
+            raise InputError(f"{where} does not fit: {reason}")
+        if reason:
+            use["left_out"][name] = reason
+            use["trained"].remove(name)
+            use["refined"] = [other for other in use["refined"] if other != name]
 
 
 def folder_found(folder: str, path: str | Path) -> bool:

@@ -79,6 +79,19 @@ def test_whichever_is_missing_the_others_are_used_and_the_file_of_the_user_stays
     assert written(path)["datasets"] == [n for n in DATASETS if n not in gone] and path.read_bytes() == before
 
 
+def test_a_run_is_not_left_out_for_a_dataset_that_is_skipped(path):
+    own(path, "nowhere")
+    edit(path, "    path: nowhere\n", "    path: nowhere\n    max_pairs: 3\n")
+    edit(path, "bayesian: false", "bayesian: true")
+    text = path.read_text()
+    at = text.index("similarity: mse", text.index("path: nowhere"))
+    path.write_text(text[:at] + "similarity: ncc" + text[at + len("similarity: mse") :])
+    assert [line.split(":")[0] for line in write_in_use(path)] == ["dataset oasis"]
+    assert "gridreg-5" in written(path)["trained"]
+    (path.parent / "nowhere").mkdir()
+    assert [line.split(":")[0] for line in write_in_use(path)] == ["gridreg-5"]
+
+
 def test_a_dataset_not_named_is_not_used_and_keeps_its_block(path):
     edit(path, "datasets: [prostate, pelvis, brain]", "datasets: [brain]")
     assert write_in_use(path) == []

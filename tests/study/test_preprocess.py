@@ -371,6 +371,20 @@ def test_intensity_options_reach_every_scan(cohort, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_labels_name_those_to_use_of_maps_that_hold_anything(cohort, tmp_path):
+    for part in ("Tr", "Ts"):
+        for file in (cohort / f"labels{part}").iterdir():
+            labels = nibabel.load(file).get_fdata()
+            labels[labels == 1] += 1e-6
+            labels[0, 0, :4] = -1, 40000, 0.5, np.nan
+            write_volume(file, labels, LAS)
+    for options in ({}, {"nan": "background"}):
+        with pytest.raises(InputError, match="labelsTr/brain_0000_0000.nii.gz: found .*label values"):
+            preprocess_dataset(cohort, tmp_path / "out", **OPTIONS | options)
+    index = preprocess_dataset(cohort, tmp_path / "out", **OPTIONS | {"labels": [1, 2], "nan": "background"})
+    assert index["labels"] == {"1": "shell", "2": "core"} and all(r["label"] for r in index["subjects"].values())
+
+
 def test_two_at_once_take_turns_and_both_are_whole(cohort, tmp_path, capsys):
     out, indexes = tmp_path / "out", []
     threads = [

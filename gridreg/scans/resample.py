@@ -14,7 +14,7 @@ from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
 from gridreg.scans.geometry import apply_affine
 
 ANTI_ALIAS_FROM = 1.5  # downsampling factor above which an image is smoothed first
-COUNTERS = 2**24  # voxels times labels whose votes are counted at once
+COUNTERS = 2**18  # voxels times labels whose votes are counted at once: they fit a cache
 
 
 def steps(grid_to_source: np.ndarray) -> np.ndarray:
@@ -48,32 +48,32 @@ def resample_labels(labels: np.ndarray, grid_to_source: np.ndarray, shape: tuple
     cells = np.ceil(np.linalg.norm(grid_to_source[:3, :3], axis=0) - 1e-3).astype(int)  # along each axis of the grid
     offsets = [(np.arange(n) + 0.5) / n - 0.5 for n in cells]
     places = [np.zeros(3), *(np.array(p) for p in product(*offsets) if np.any(p))]
-    values, numbers = np.unique(
-        np.append(labels.ravel(), 0), return_inverse=True
-    )  # each label's number among the values
-    numbers = numbers[:-1].reshape(labels.shape).astype(np.int16)
+    present = np.bincount(labels.ravel(), minlength=1) > 0
+    present[0] = True  # outside the map
+    values, number = np.flatnonzero(present), np.cumsum(present, dtype=np.int16) - np.int16(1)
+    numbers = number[labels]  # the labels in the map, counted through; background is 0
     ballots = np.stack([
         affine_transform(
-            numbers, grid_to_source[:3, :3], apply_affine(grid_to_source, place), shape, order=0, mode="grid-constant",
-            cval=np.searchsorted(values, 0),
+            numbers, grid_to_source[:3, :3], apply_affine(grid_to_source, place), shape, order=0, mode="grid-constant"
         ).ravel()
         for place in places
     ])  # fmt: skip
-    winners = np.empty(ballots.shape[1], np.int16)
-    for part in np.array_split(np.arange(len(winners)), 1 + len(values) * len(winners) // COUNTERS):
+    winners = ballots[0].copy()
+    divided = np.flatnonzero((ballots != winners).any(axis=0))
+    for part in np.array_split(divided, 1 + len(values) * len(divided) // COUNTERS):
         winners[part] = _most_votes(ballots[:, part], len(values))
     return values[winners].reshape(shape).astype(np.int16)
 
 
 def _most_votes(ballots: np.ndarray, candidates: int) -> np.ndarray:
     """For every column of (votes, N) numbers below ``candidates``: the one met most often, of several the one met first."""
-    column = np.arange(ballots.shape[1])
-    votes = np.zeros((candidates, len(column)), np.int32)
-    for ballot in ballots:
-        votes[ballot, column] += 1
-    winner, most = ballots[0], votes[ballots[0], column]
-    for ballot in ballots[1:]:
-        count = votes[ballot, column]
+    votes = np.zeros(ballots.shape[1] * candidates, np.int32)
+    counter = np.arange(ballots.shape[1]) * candidates + ballots  # (votes, N)
+    for column in counter:
+        votes[column] += 1
+    winner, most = ballots[0], votes[counter[0]]
+    for ballot, column in zip(ballots[1:], counter[1:]):
+        count = votes[column]
         winner, most = np.where(count > most, ballot, winner), np.maximum(count, most)
     return winner
 

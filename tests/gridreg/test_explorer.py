@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import nibabel
 import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
+from small_scans import body, upright
 
 from gridreg.checkpoint import save_model
 from gridreg.errors import InputError
@@ -19,8 +21,10 @@ from gridreg.explorer.widgets import Explorer
 from gridreg.network import GridReg
 from gridreg.scans.export import save
 from gridreg.scans.geometry import apply_affine
-from gridreg.scans.volumes import read_displacement, read_field_mm, read_image
-from study.cohorts.pairs import own_pair, sources
+from gridreg.scans.volumes import read_displacement, read_field_mm, read_image, write_volume
+from study.cohorts.dataset import Preprocessed
+from study.cohorts.pairs import demo_pair, own_pair, sources
+from study.cohorts.preprocess import preprocess_dataset
 
 VALUES = {"datasets": {"mine": {"shape": [24, 22, 20], "spacing_mm": 2.0, "affine_reference": None, "labels": None}}}
 
@@ -174,3 +178,76 @@ def test_widgets_answer_and_errors_become_a_sentence(pair, registered, tmp_path)
         Explorer(sources(VALUES, *pair.files, **models), "other")
     with pytest.raises(InputError, match="expected both or neither"):
         sources(VALUES, pair.files[0])
+
+
+def save_run(folder, method: str = "gridreg", bayesian: bool = True) -> None:
+    run = {"method": method, "grids": [[5, 5, 5]], "base_channels": 4, "num_layers": 4, "bayesian": bayesian}
+    save_model(folder, GridReg(base_channels=4, num_layers=4, bayesian=bayesian), {"run": run, "grid": [5, 5, 5]})
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """A cohort of six subjects, two of them tested, in Learn2Reg layout."""
+    names = [f"mine_{n:04d}" for n in range(6)]
+    for n, name in enumerate(names):
+        part = "Ts" if n > 3 else "Tr"
+        write_volume(tmp_path / f"cohort/images{part}/{name}.nii.gz", body((30, 28, 20), seed=n), upright())
+    entries = [{"image": f"./images{'Ts' if n > 3 else 'Tr'}/{name}.nii.gz"} for n, name in enumerate(names)]
+    pairs = {f"registration_{split}": [{"fixed": names[a], "moving": names[b]}]
+             for split, a, b in (("val", 2, 3), ("test", 4, 5))}  # fmt: skip
+    (tmp_path / "cohort/dataset.json").write_text(json.dumps({"training": entries[:4], "test": entries[4:], **pairs}))
+    return tmp_path / "cohort"
+
+
+def test_any_trained_gridreg_opens_whatever_its_cohort(cohort, tmp_path, pair):
+    """Runs of a cohort of one's own, of the ablation, and of a cohort that params.yaml no longer names."""
+    block = VALUES["datasets"]["mine"] | {"path": str(cohort)}
+    values = {"datasets": {"mine": block}, "ablation": {"dataset": "mine"}}
+    train = tmp_path / "results" / "train"
+    save_run(train / "mine" / "gridreg-adaptive", bayesian=False)
+    save_run(train / "mine" / "gridreg-bayesian")
+    save_run(train / "ablation" / "default")
+    save_run(train / "gone" / "gridreg-5")
+    save_run(tmp_path / "checkpoints" / "bundled")  # of a cohort that is not in use
+    (train / "mine" / "voxelmorph").mkdir()
+    (train / "mine" / "voxelmorph" / "model.json").write_text(json.dumps({"run": {"method": "voxelmorph"}}))
+    (train / "mine" / "broken").mkdir()
+    (train / "mine" / "broken" / "model.json").write_text("{")
+    where = {"results": tmp_path / "results", "checkpoints": tmp_path / "checkpoints"}
+    mine = ["ablation, default", "mine, gridreg-adaptive", "mine, gridreg-bayesian"]
+    assert list(sources(values, **where)) == mine
+    preprocess_dataset(cohort, tmp_path / "results" / "preprocess" / "gone", name="gone", shape=(24, 22, 20), spacing_mm=2.0,
+                       progress=False)  # fmt: skip
+    found = sources(values, **where)
+    assert sorted(found) == sorted([*mine, "gone, gridreg-5"])
+    assert found["mine, gridreg-bayesian"].pairs == ("0004 ← 0005",)
+    explored = Explorer(found, "mine, gridreg-bayesian")
+    for name in sorted(found, key="gone, gridreg-5".__eq__):
+        explored.dataset.value = name
+        assert explored.registered.displacement.shape == (3, 24, 22, 20) and "<b>" not in explored.said.value, name
+        explored.out = tmp_path / "out" / name
+        explored.button.click()
+        assert explored.said.value.startswith("written"), name
+        fixed = nibabel.load(explored.view.pair.files[0])
+        np.testing.assert_allclose(nibabel.load(explored.out / "warped.nii.gz").affine, fixed.affine, atol=1e-5)
+    field, _ = read_field_mm(tmp_path / "out" / "gone, gridreg-5" / "displacement.nii.gz")  # on the preprocessed images
+    np.testing.assert_allclose(field, explored_mm := explored.registered.displacement_mm, atol=1e-4)
+    assert explored.dataset.value == "gone, gridreg-5" and np.abs(explored_mm).max() > 0
+    own = sources(values, *pair.files, **where)
+    assert sorted(own) == sorted(found)
+    assert own["gone, gridreg-5"].open(0).shape == (24, 22, 20)
+    with pytest.raises(InputError, match="found no trained GridReg whose images are there, expected one under"):
+        Explorer(sources(values, results=tmp_path, checkpoints=tmp_path))
+
+
+def test_a_cohorts_pair_opens_as_it_was_preprocessed(cohort, tmp_path):
+    for start in (None, "headers", "centre"):
+        block = VALUES["datasets"]["mine"] | {"path": str(cohort), "start": start, "window": [0, 800]}
+        opened = demo_pair({"datasets": {"mine": block}}, "mine")
+        preprocess_dataset(cohort, tmp_path / "out", name="mine", shape=(24, 22, 20), spacing_mm=2.0, start=start,
+                           window=(0, 800), progress=False)  # fmt: skip
+        data = Preprocessed(tmp_path / "out")
+        kept = data.pair(*data.pairs("test")[0])
+        np.testing.assert_array_equal(opened.fixed, kept.fixed)
+        np.testing.assert_array_equal(opened.moving, kept.moving)
+        np.testing.assert_allclose(opened.affine, kept.affine, atol=1e-5)

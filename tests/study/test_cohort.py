@@ -13,11 +13,12 @@ import pytest
 from scipy.ndimage import map_coordinates
 
 from gridreg.errors import InputError
-from gridreg.scans.volumes import read_field_mm, read_points
+from gridreg.scans.landmarks import read_points
+from gridreg.scans.volumes import read_field_mm
 from study.cohorts.learn2reg import read_cohort
 from study.cohorts.simulate import cohort, scanner
 from study.cohorts.simulate import deformation as diffeo
-from study.cohorts.simulate.subjects import PROFILES, cases, few, make, pairs
+from study.cohorts.simulate.plan import PROFILES, pairs, planned_scans, simulate_scan, with_few_patients
 
 EMBEDDED = Path(__file__).parents[2] / "data"
 SMALL = {
@@ -149,7 +150,7 @@ def test_layout(written, dataset):
     assert len(info["training"]) == info["numTraining"] and len(info["test"]) == info["numTest"]
     read = read_cohort(folder)
     assert read.simulated and read.name == dataset
-    assert {s.id for s in read.subjects.values()} == {c.id for c in cases(SMALL[dataset])}
+    assert {s.id for s in read.subjects.values()} == {c.id for c in planned_scans(SMALL[dataset])}
     for subject in read.subjects.values():
         image, label = nibabel.load(subject.image), nibabel.load(subject.label)
         for file in (image, label, nibabel.load(subject.truth)):
@@ -163,9 +164,9 @@ def test_layout(written, dataset):
 @pytest.mark.parametrize("dataset", SMALL)
 def test_truth_file_is_the_deformation_that_made_the_image(written, dataset):
     plan = SMALL[dataset]
-    case = cases(plan)[-1]
+    case = planned_scans(plan)[-1]
     truth = written / dataset / "truthTs" / f"{case.id}.nii.gz"
-    subject, field = make(plan, case), stored(truth)
+    subject, field = simulate_scan(plan, case), stored(truth)
     np.testing.assert_array_equal(field.steps, subject.deformation.steps)
     assert diffeo.smallest_jacobian(field) > 0
     raw = nibabel.load(truth)
@@ -176,7 +177,7 @@ def test_truth_file_is_the_deformation_that_made_the_image(written, dataset):
 @pytest.mark.parametrize(("dataset", "least"), [("prostate", 0.88), ("pelvis", 0.85), ("brain", 0.70)])
 def test_true_correspondence_aligns_labels_and_landmarks(written, dataset, least):
     folder, plan = written / dataset, SMALL[dataset]
-    for fixed, moving in pairs(plan, cases(plan), "test")[:2]:
+    for fixed, moving in pairs(plan, planned_scans(plan), "test")[:2]:
         a, b = (nibabel.load(folder / "labelsTs" / f"{i}.nii.gz") for i in (fixed, moving))
         phi_a, phi_b = (stored(folder / "truthTs" / f"{i}.nii.gz") for i in (fixed, moving))
         inside = np.argwhere(np.asarray(a.dataobj) > 0)
@@ -230,7 +231,7 @@ def test_pelvis_scanners_differ(written):
 @pytest.mark.parametrize("dataset", SMALL)
 def test_patients_are_in_one_split_only(profile, dataset):
     plan = PROFILES[profile][dataset]
-    todo = cases(plan)
+    todo = planned_scans(plan)
     split_of: dict[int, str] = {}
     for case in todo:
         assert split_of.setdefault(case.patient, case.split) == case.split
@@ -247,19 +248,19 @@ def test_patients_are_in_one_split_only(profile, dataset):
 def test_paper_counts():
     """Section 4 of the paper: visits of the patients, and pairs held out."""
     plan = PROFILES["paper"]["prostate"]
-    todo = cases(plan)
+    todo = planned_scans(plan)
     visits = np.bincount(np.bincount([c.patient for c in todo])[1:])
     assert visits[2:].tolist() == [60, 8, 18] and len(todo) == 216
     assert [len(pairs(plan, todo, s)) for s in ("val", "test")] == [32, 38]
     pelvis = PROFILES["paper"]["pelvis"]
-    assert [len(pairs(pelvis, cases(pelvis), s)) for s in ("val", "test")] == [58, 59]
+    assert [len(pairs(pelvis, planned_scans(pelvis), s)) for s in ("val", "test")] == [58, 59]
 
 
 @pytest.mark.parametrize("dataset", PROFILES["paper"])
 @pytest.mark.parametrize("patients", [2, 3, 1000])
 def test_few_patients_make_pairs_in_every_split(dataset, patients):
-    plan = few(PROFILES["paper"][dataset], patients)
-    todo = cases(plan)
+    plan = with_few_patients(PROFILES["paper"][dataset], patients)
+    todo = planned_scans(plan)
     counted = [len({c.patient for c in todo if c.split == split}) for split in ("train", "val", "test")]
     assert counted == [min(count, patients) for count in PROFILES["paper"][dataset].counts]
     assert all(pairs(plan, todo, split) for split in ("val", "test"))

@@ -42,6 +42,10 @@ def resolve(values: dict[str, Any], path: str | Path = "params.yaml", recall: bo
     """``load`` for values that were read from `path`, which are left as they are."""
     params = check(values, Params, path)
     refuse_unknown(params["profile"], profile_names(path) or [params["profile"]], "profile", str(path))
+    if ablation.PLACE in params["datasets"]:
+        raise InputError(
+            f"{path}: datasets: {ablation.PLACE!r} is no usable name; expected another, results have it already"
+        )
     for name, block in params["datasets"].items():
         block["title"] = block["title"] or name
         for key in ("path", "affine_reference"):

@@ -59,6 +59,7 @@ BAD = [
     ),
     ("method: voxelmorph", "method: voxelmorf", "unknown method 'voxelmorf'.*nearest: voxelmorph"),
     ("    method: voxelmorph\n", "", "voxelmorph has no method; expected method: and one of identity"),
+    ("  pelvis:\n", "  ablation:\n", "datasets: 'ablation' is no usable name; expected another"),
     ("    method: voxelmorph\n", "    of: gridrex\n", "runs.voxelmorph: unknown base 'gridrex'.*nearest: gridreg"),
     ("{of: gridreg}", "gridreg", "runs.gridreg-8 is 'gridreg'; expected method: .*, or of: and one of gridreg"),
     ("{of: gridreg}", "{of: gridreg, grid: [[5, 5, 5]]}", "runs.gridreg-8: unknown parameter 'grid'.*nearest: grids"),

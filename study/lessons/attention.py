@@ -1,7 +1,7 @@
 """Lesson 3, the sums: which image features a control point attends to, level by level, in a real forward pass.
 
-The network does not keep its attention weights. They are computed again, with the module's own weights, from what its
-attention received; the tests check that they reproduce what it returned.
+The network does not keep its attention weights. ``CrossAttention.weights`` computes them again from what its attention
+received; the tests check that they reproduce what it returned.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from gridreg.attention import HEAD_CHANNELS, HEADS, CrossAttention, token_positions, tokens_a_spacing
+from gridreg.attention import HEADS, token_positions, tokens_a_spacing
 from gridreg.errors import InputError
 from gridreg.explorer.slices import show_slice
 from gridreg.explorer.style import COLOURS, MAGNITUDE, styled
 from gridreg.metrics import tre_mm
 from gridreg.network import GridReg, resize
+from gridreg.scans.pair import Pair
 from gridreg.spatial import Shape, check_grid_size, warp
 from gridreg.upsampling import upsample
 from study.benchmark.cost import count, timed
@@ -32,21 +33,6 @@ from study.cohorts.pairs import demo_pair
 from study.methods.table import parameter_count
 
 REPEATS = 3  # of a timing, of which the least counts
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """fixed, moving (1, 1, W, H, D) in [0, 1]; truth (3, W, H, D) voxels and where it is known (W, H, D); mm a voxel.
-
-    caption   what a figure must say of it
-    """
-
-    fixed: Tensor
-    moving: Tensor
-    truth: np.ndarray
-    known: np.ndarray
-    spacing_mm: float
-    caption: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +65,23 @@ def load_pair(values: dict[str, Any], dataset: str) -> Pair:
 
     ``values``: params.yaml as ``params.load`` reads it. InputError where the true displacement is not known.
     """
-    case = demo_pair(values, dataset, split="val")
-    if case.truth is None:
+    pair = demo_pair(values, dataset, split="val")
+    if pair.truth is None:
         raise InputError(
-            f"dataset '{dataset}': found no true displacement of {case.title}, expected a simulated cohort."
+            f"dataset '{dataset}': found no true displacement of {pair.title}, expected a simulated cohort."
         )
-    images = (torch.from_numpy(image)[None, None] for image in (case.fixed, case.moving))
-    origin = "Simulated pair, not a patient" if case.simulated else "Pair"
-    caption = f"{origin}: {case.title} of the validation set. Axial slices; R, L, A, P: right, left, front, back."
-    return Pair(*images, *case.truth, float(case.spacing[0]), caption)
+    return pair
+
+
+def caption_of(pair: Pair) -> str:
+    """What a figure says of its pair."""
+    origin = "Simulated pair, not a patient" if pair.simulated else "Pair"
+    return f"{origin}: {pair.title} of the validation set. Axial slices; R, L, A, P: right, left, front, back."
+
+
+def images_of(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The fixed and the moving image as a network takes them, each (1, 1, W, H, D)."""
+    return tuple(torch.from_numpy(np.ascontiguousarray(image))[None, None] for image in (pair.fixed, pair.moving))
 
 
 @contextmanager
@@ -104,17 +98,6 @@ def watching(network: GridReg) -> Iterator[dict[str, list]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def attention_weights(attention: CrossAttention, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(windows, G / windows, HEADS, N) softmax(Q Kᵀ / √d) of the first case (paper, equation 3.1), written out."""
-    q = attention.query(queries).unflatten(-1, (HEADS, HEAD_CHANNELS))
-    q = q.unflatten(0, (tokens.shape[1], -1))  # (windows, points, heads, d)
-    k = attention.key(tokens[0]).unflatten(-1, (HEADS, HEAD_CHANNELS))  # (windows, N, heads, d)
-    logits = torch.einsum("cphd,cnhd->cphn", q, k) / HEAD_CHANNELS**0.5
-    if mask is not None:
-        logits = logits + mask.unflatten(0, (-1, HEADS))
-    return logits.softmax(-1)
 
 
 def _places(features: Shape, grid: Shape, shape: Shape, coarsest: bool) -> Tensor:
@@ -145,14 +128,14 @@ def _of_each_point(weights: Tensor, p: int) -> Tensor:
 @torch.inference_mode()
 def attend(network: GridReg, pair: Pair, grid_size: int | Shape) -> list[Level]:
     """The attention of every level, coarse to fine, when the network registers the pair on a grid; the last are kept."""
-    shape = tuple(pair.fixed.shape[2:])
+    shape = pair.shape
     grid_size = check_grid_size(grid_size, shape)
     with watching(network) as kept:
-        network(pair.fixed, pair.moving, grid_size)
+        network(*images_of(pair), grid_size)
     levels = []
     for layer, level, received, calls, result in zip(network.layers, network.decoder, *kept.values()):
         size, here = tuple(received[0].shape[2:]), received[3]
-        weights = torch.cat([attention_weights(level.attention, *call) for call in calls])
+        weights = torch.cat([level.attention.weights(*call)[0] for call in calls])
         p = tokens_a_spacing(size[2], here[2])
         weights = weights.flatten(0, 1) if level.coarsest else _of_each_point(weights, p)
         levels.append(Level(layer, here, size, weights, _places(size, here, shape, level.coarsest), result[0]))
@@ -187,13 +170,13 @@ def early_exits(network: GridReg, pair: Pair, grid: int) -> list[tuple[int, np.n
     The head was trained on the last level alone, so the earlier ones show what later skips change, not what a network
     without them would do.
     """
-    shape = tuple(pair.fixed.shape[2:])
+    shape = pair.shape
     half, exits = torch.tensor(shape)[:, None] / 2, []
     for level in attend(network, pair, grid):
         features = resize(level.result[None], level.grid_size, (grid,) * 3)
         control_points = (network.mean(features).transpose(1, 2) * half).unflatten(2, (grid,) * 3)
         displacement = upsample(control_points, shape, network.upsampling)[0].numpy()
-        exits.append((level.layer, displacement, tre_mm(displacement, pair.truth, pair.known, pair.spacing_mm)))
+        exits.append((level.layer, displacement, tre_mm(displacement, *pair.truth, pair.spacing_mm)))
     return exits
 
 
@@ -227,9 +210,9 @@ def attention_figure(network: GridReg, pair: Pair, grid: int, across: float, up:
     Every disc is a token; weights of tokens above one another along z are summed.
     """
     levels = attend(network, pair, grid)
-    shape = tuple(pair.fixed.shape[2:])
+    shape = pair.shape
     place = torch.tensor([across, up, height])
-    image = pair.fixed[0, 0].numpy()
+    image = pair.fixed
     with styled():
         figure = Figure(figsize=(9.6, 6.3), label=f"Attention of a control point of a {grid}×{grid}×{grid} grid")
         margins = dict(left=0.05, right=0.9, bottom=0.06, top=0.9, wspace=0.06, hspace=0.14)
@@ -258,34 +241,35 @@ def attention_figure(network: GridReg, pair: Pair, grid: int, across: float, up:
             ax.set_ylabel(f"head {head + 1}")
         bar = figure.colorbar(shown, cax=figure.add_axes((0.92, 0.2, 0.015, 0.55)), extend="max")
         bar.set_label("attention (%)")
-        figure.text(0.01, 0.012, "Orange: the control point. " + pair.caption, fontsize=7, color="#333333")
+        figure.text(0.01, 0.012, "Orange: the control point. " + caption_of(pair), fontsize=7, color="#333333")
     return figure
 
 
 def levels_figure(network: GridReg, pair: Pair, grid: int) -> Figure:
     """Warped image and length of the error, were the head to read the features after each level."""
-    before = tuple(pair.truth * 0)
-    exits = [(None, np.stack(before), float(np.linalg.norm(pair.truth, axis=0)[pair.known].mean() * pair.spacing_mm))]
+    truth, known = pair.truth
+    unmoved = np.zeros_like(truth)
+    exits = [(None, unmoved, tre_mm(unmoved, truth, known, pair.spacing_mm))]
     exits += early_exits(network, pair, grid)
-    index = pair.fixed.shape[4] // 2
+    index = pair.shape[2] // 2
     with styled():
         figure = Figure(figsize=(9.8, 5), label="Error in mm after each decoder level")
         margins = dict(left=0.03, right=0.9, bottom=0.07, top=0.9, wspace=0.06, hspace=0.08)
         axes = figure.subplots(2, 1 + len(exits), gridspec_kw=margins)
-        show_slice(axes[0, 0], pair.fixed[0, 0].numpy(), "axial", index)
+        show_slice(axes[0, 0], pair.fixed, "axial", index)
         axes[0, 0].set_title("fixed")
         axes[1, 0].set_axis_off()
         for (above, below), (layer, displacement, error) in zip(axes[:, 1:].T, exits):
-            warped = warp(pair.moving, torch.from_numpy(displacement)[None].float())[0, 0].numpy()
+            warped = warp(images_of(pair)[1], torch.from_numpy(displacement)[None].float())[0, 0].numpy()
             show_slice(above, warped, "axial", index, letters=False)
             above.set_title("moving, before" if layer is None else f"after encoder layer {layer}")
-            length = np.linalg.norm(displacement - pair.truth, axis=0) * pair.spacing_mm
-            show_slice(below, np.where(pair.known, length, np.nan), "axial", index, limits=(0, 12), letters=False)
+            length = np.linalg.norm(displacement - truth, axis=0) * pair.spacing_mm
+            show_slice(below, np.where(known, length, np.nan), "axial", index, limits=(0, 12), letters=False)
             below.images[0].set_cmap(MAGNITUDE)
             below.set_xlabel(f"mean true TRE {error:.2f} mm")
         bar = figure.colorbar(axes[1, -1].images[0], cax=figure.add_axes((0.92, 0.1, 0.015, 0.35)), extend="max")
         bar.set_label("error (mm)")
-        figure.text(0.01, 0.012, pair.caption, fontsize=7, color="#333333")
+        figure.text(0.01, 0.012, caption_of(pair), fontsize=7, color="#333333")
     return figure
 
 

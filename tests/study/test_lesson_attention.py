@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-import gridreg.attention
+from gridreg import fast
 from gridreg.attention import CHANNELS, HEAD_CHANNELS, HEADS
 from gridreg.network import GridReg
+from gridreg.scans.pair import Pair
 from study.lessons.attention import (
-    Pair,
     attend,
     attention_figure,
     attention_table,
-    attention_weights,
     cost_figure,
     costs,
     early_exits,
+    images_of,
     levels_figure,
     tokens_in_use,
     watching,
@@ -39,29 +39,30 @@ def network() -> GridReg:
 
 @pytest.fixture
 def pair() -> Pair:
-    torch.manual_seed(1)
-    images = [torch.rand(1, 1, *SHAPE) for _ in range(2)]
-    return Pair(*images, np.random.default_rng(0).standard_normal((3, *SHAPE)), np.ones(SHAPE, bool), 2.0)
+    rng = np.random.default_rng(0)
+    images = [rng.random(SHAPE, np.float32) for _ in range(2)]
+    truth = rng.standard_normal((3, *SHAPE)), np.ones(SHAPE, bool)
+    return Pair("a ← b", *images, np.eye(4), 2.0, files=(), to_source=(), truth=truth)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("cached", [1, 2**21])
 @pytest.mark.parametrize("grid", [(3, 3, 3), (5, 6, 7), (9, 9, 9)])
 def test_weights_computed_again_reproduce_what_the_layer_returned(network, pair, grid, cached, monkeypatch):
-    monkeypatch.setattr(gridreg.attention, "CACHED", cached)
+    monkeypatch.setattr(fast, "WINDOW_NUMBERS", cached)
     returned = []
     hooks = [
         level.attention.register_forward_hook(lambda _, given, result: returned.append(result[0]))
         for level in network.decoder
     ]
     with watching(network) as kept:
-        network(pair.fixed, pair.moving, grid)
+        network(*images_of(pair), grid)
     for hook in hooks:
         hook.remove()
     calls = [(level, given) for level, several in zip(network.decoder, kept["attention"]) for given in several]
     assert len(calls) == len(returned) and (len(calls) == 3) == (cached > 1)
     for (level, given), result in zip(calls, returned):
-        tokens, weights = given[1], attention_weights(level.attention, *given)
+        tokens, weights = given[1], level.attention.weights(*given)[0]
         values = level.attention.value(tokens[0]).unflatten(-1, (HEADS, HEAD_CHANNELS))
         pooled = torch.einsum("cphn,cnhd->cphd", weights, values).flatten(0, 1)
         assert weights.std() > 0.01
@@ -97,7 +98,7 @@ def test_equal_logits_mean_all_tokens_are_used(network, pair):
 def test_the_last_exit_is_the_networks_own_answer(network, pair):
     exits = early_exits(network, pair, 6)
     assert [layer for layer, *_ in exits] == list(network.layers)
-    own = network(pair.fixed, pair.moving, (6, 6, 6)).displacement[0].numpy()
+    own = network(*images_of(pair), (6, 6, 6)).displacement[0].numpy()
     np.testing.assert_allclose(exits[-1][1], own, atol=1e-5)
     assert np.abs(exits[0][1] - own).max() > 1e-3
 

@@ -18,6 +18,7 @@ from gridreg.scans.volumes import read_field_mm
 from study.cohorts.learn2reg import read_cohort
 from study.cohorts.simulate import cohort, scanner
 from study.cohorts.simulate import deformation as diffeo
+from study.cohorts.simulate.brain import NAMES
 from study.cohorts.simulate.plan import PROFILES, pairs, planned_scans, simulate_scan, with_few_patients
 
 EMBEDDED = Path(__file__).parents[2] / "data"
@@ -313,6 +314,23 @@ def test_embedded_masks_before_registration(dataset, overlap, distance):
     mean = np.mean(found, axis=0)
     assert overlap[0] < mean[0] < overlap[1]
     assert distance[0] < mean[1] < distance[1]
+
+
+def test_the_delivered_scan_is_made_again(tmp_path):
+    """Header and voxels as delivered; compression and the last bit of a float may differ between machines."""
+    if not (EMBEDDED / "brain" / "dataset.json").is_file():
+        pytest.skip("data/ is not pulled")
+    plan = PROFILES["demo"]["brain"]
+    planned = planned_scans(plan)[-1]
+    cohort.write_scan(plan, tmp_path, planned)
+    for kind in ("images", "labels", "truth"):
+        delivered, made = (
+            nibabel.load(f / f"{kind}Ts" / f"{planned.id}.nii.gz") for f in (EMBEDDED / "brain", tmp_path)
+        )
+        assert made.header.binaryblock == delivered.header.binaryblock
+        assert (np.asarray(made.dataobj) != np.asarray(delivered.dataobj)).mean() < 1e-3
+    info = json.loads((EMBEDDED / "brain" / "dataset.json").read_text())
+    assert cohort._dataset(plan, planned_scans(plan), NAMES) == info
 
 
 def test_embedded_brain_before_registration():

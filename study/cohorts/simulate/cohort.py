@@ -24,7 +24,15 @@ from tqdm import tqdm
 
 from gridreg.errors import InputError, exit_status
 from study.cohorts.simulate.deformation import STEP_MM, Deformation
-from study.cohorts.simulate.subjects import PROFILES, Case, Plan, cases, few, make, pairs
+from study.cohorts.simulate.plan import (
+    PROFILES,
+    Plan,
+    PlannedScan,
+    pairs,
+    planned_scans,
+    simulate_scan,
+    with_few_patients,
+)
 from study.locks import whole_folder
 
 GENERATOR = "gridreg.cohort"  # as the delivered cohorts say: another name would be other bytes
@@ -46,8 +54,8 @@ def write_cohort(plan: Plan, out: Path | str, workers: int = 1, progress: bool =
     """
     folder = Path(out) / plan.dataset
     _check_ours(folder)
-    todo = cases(plan)
-    patients = [list(scans) for _, scans in groupby(todo, key=lambda case: case.patient)]
+    todo = planned_scans(plan)
+    patients = [list(scans) for _, scans in groupby(todo, key=lambda planned: planned.patient)]
     names: dict[int, str] = {}
     with whole_folder(folder) as temporary:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
@@ -60,22 +68,22 @@ def write_cohort(plan: Plan, out: Path | str, workers: int = 1, progress: bool =
     return folder
 
 
-def write_patient(plan: Plan, folder: Path, scans: list[Case]) -> dict[int, str]:
+def write_patient(plan: Plan, folder: Path, scans: list[PlannedScan]) -> dict[int, str]:
     """Simulate the scans of one patient, one after the other: they share a template, which is kept in memory."""
-    return [write_case(plan, folder, case) for case in scans][0]
+    return [write_scan(plan, folder, planned) for planned in scans][0]
 
 
-def write_case(plan: Plan, folder: Path, case: Case) -> dict[int, str]:
+def write_scan(plan: Plan, folder: Path, planned: PlannedScan) -> dict[int, str]:
     """Simulate one scan and write its image, labels, truth and, outside training, landmarks; returns label names."""
-    subject = make(plan, case)
-    kind = _kind(case)
-    write_nifti(folder / f"images{kind}" / f"{case.id}.nii.gz", subject.image, subject.grid.affine)
-    write_nifti(folder / f"labels{kind}" / f"{case.id}.nii.gz", subject.labels, subject.grid.affine)
-    write_truth(folder / f"truth{kind}" / f"{case.id}.nii.gz", subject.deformation)
-    if subject.landmarks and case.split != "train":
+    subject = simulate_scan(plan, planned)
+    kind = _kind(planned)
+    write_nifti(folder / f"images{kind}" / f"{planned.id}.nii.gz", subject.image, subject.grid.affine)
+    write_nifti(folder / f"labels{kind}" / f"{planned.id}.nii.gz", subject.labels, subject.grid.affine)
+    write_truth(folder / f"truth{kind}" / f"{planned.id}.nii.gz", subject.deformation)
+    if subject.landmarks and planned.split != "train":
         rows = ["name,x_mm,y_mm,z_mm"]
         rows += [",".join([name, *(f"{v:.3f}" for v in point)]) for name, point in subject.landmarks.items()]
-        path = folder / f"landmarks{kind}" / f"{case.id}.csv"
+        path = folder / f"landmarks{kind}" / f"{planned.id}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(rows) + "\n", "utf-8")
     return subject.label_names
@@ -106,15 +114,18 @@ def write_truth(path: Path, deformation: Deformation) -> None:
     write_nifti(path, data, deformation.lattice.affine, slope=STEP_MM, intent="vector")
 
 
-def _kind(case: Case) -> str:
-    return "Ts" if case.split == "test" else "Tr"  # Learn2Reg lists validation subjects under training
+def _kind(planned: PlannedScan) -> str:
+    return "Ts" if planned.split == "test" else "Tr"  # Learn2Reg lists validation subjects under training
 
 
-def _entry(case: Case) -> dict[str, str]:
-    return {"image": f"./images{_kind(case)}/{case.id}.nii.gz", "label": f"./labels{_kind(case)}/{case.id}.nii.gz"}
+def _entry(planned: PlannedScan) -> dict[str, str]:
+    return {
+        "image": f"./images{_kind(planned)}/{planned.id}.nii.gz",
+        "label": f"./labels{_kind(planned)}/{planned.id}.nii.gz",
+    }
 
 
-def _dataset(plan: Plan, todo: list[Case], label_names: dict[int, str]) -> dict:
+def _dataset(plan: Plan, todo: list[PlannedScan], label_names: dict[int, str]) -> dict:
     """The content of dataset.json."""
     tr, ts = ([_entry(c) for c in todo if (c.split == "test") == last] for last in (False, True))
     described = {
@@ -184,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
             _check_ours(chosen.out / dataset)  # all of them first: nothing is made if one must be refused
         for dataset in chosen.only:
             plan = PROFILES[chosen.profile][dataset]
-            plan = plan if chosen.patients is None else few(plan, chosen.patients)
+            plan = plan if chosen.patients is None else with_few_patients(plan, chosen.patients)
             write_cohort(plan, chosen.out, chosen.workers)
 
     return exit_status(write)

@@ -1,4 +1,4 @@
-"""Who is in a simulated cohort: plans of the profiles, subjects and visits, pairs, and the making of one scan."""
+"""Who is in a simulated cohort: the plans of the profiles, their scans and pairs, and the simulation of one scan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import permutations
 
 import numpy as np
 
-from study.cohorts.simulate import brain, phantom, visits
+from study.cohorts.simulate import brain, pelvis, phantom
 from study.cohorts.simulate.deformation import Deformation, covering
 from study.cohorts.simulate.scanner import Grid, Template, grid, scan
 
@@ -41,7 +41,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Case:
+class PlannedScan:
     """One scan to be made; ``patient`` and ``visit`` count from 1 (visit 0: the only one)."""
 
     id: str
@@ -51,7 +51,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SimulatedScan:
     """One simulated scan and everything that is known about it."""
 
     image: np.ndarray  # uint8
@@ -117,7 +117,7 @@ PROFILES: dict[str, dict[str, Plan]] = {
 }
 
 
-def few(plan: Plan, patients: int) -> Plan:
+def with_few_patients(plan: Plan, patients: int) -> Plan:
     """The plan with at most so many patients in each split, to try out its size."""
     visits = {
         split: Counter([v for v, n in many.items() for _ in range(n)][:patients]) for split, many in plan.visits.items()
@@ -125,7 +125,7 @@ def few(plan: Plan, patients: int) -> Plan:
     return replace(plan, counts=tuple(min(count, patients) for count in plan.counts), visits=visits)
 
 
-def cases(plan: Plan) -> list[Case]:
+def planned_scans(plan: Plan) -> list[PlannedScan]:
     """Every scan of the cohort; a patient is in one split only."""
     out, patient = [], 0
     for split, count in zip(SPLITS, plan.counts):
@@ -133,11 +133,11 @@ def cases(plan: Plan) -> list[Case]:
         for scans in many:
             patient += 1
             numbers = range(1, scans + 1) if plan.visits else [0]
-            out += [Case(f"{plan.dataset}_{patient:04d}_{v:04d}", split, patient, v) for v in numbers]
+            out += [PlannedScan(f"{plan.dataset}_{patient:04d}_{v:04d}", split, patient, v) for v in numbers]
     return out
 
 
-def pairs(plan: Plan, todo: list[Case], split: str) -> list[tuple[str, str]]:
+def pairs(plan: Plan, todo: list[PlannedScan], split: str) -> list[tuple[str, str]]:
     """(fixed id, moving id) of a split.
 
     Prostate: visits of one patient, both ways in training. Pelvis: held-out subjects shuffled into pairs, each
@@ -164,10 +164,10 @@ def pairs(plan: Plan, todo: list[Case], split: str) -> list[tuple[str, str]]:
     return found
 
 
-def make(plan: Plan, case: Case) -> Subject:
+def simulate_scan(plan: Plan, planned: PlannedScan) -> SimulatedScan:
     """Simulate one scan; it depends on the plan, the patient and the visit only, not on what was made before."""
-    seed = plan.test_seed if case.split == "test" else plan.seed
-    rng = np.random.default_rng((seed, DATASET_KEY[plan.dataset], 10, case.patient, case.visit))
+    seed = plan.test_seed if planned.split == "test" else plan.seed
+    rng = np.random.default_rng((seed, DATASET_KEY[plan.dataset], 10, planned.patient, planned.visit))
     centre = brain.CENTRE if plan.dataset == "brain" else np.zeros(3)
     in_plane, thickness = rng.uniform(*plan.in_plane), rng.uniform(*plan.slices)
     voxel = np.round([in_plane, in_plane, thickness], 2)
@@ -178,18 +178,18 @@ def make(plan: Plan, case: Case) -> Subject:
         template, names = _brain(plan), brain.NAMES
         warp, look = brain.brain_deformation(rng, lattice), brain.brain_appearance(rng)
     else:
-        own = (seed, case.patient) if plan.dataset == "prostate" else (plan.seed, 0)
+        own = (seed, planned.patient) if plan.dataset == "prostate" else (plan.seed, 0)
         anatomy, template = _pelvis(plan, *own)
         names = {1: "prostate"}
-        change, spread = (visits.VISIT, 0.03) if plan.dataset == "prostate" else (visits.PATIENT, 0.08)
-        warp = visits.pelvis_deformation(rng, lattice, anatomy, change)
-        look = visits.pelvis_appearance(rng, spread)
+        change, spread = (pelvis.VISIT, 0.03) if plan.dataset == "prostate" else (pelvis.PATIENT, 0.08)
+        warp = pelvis.pelvis_deformation(rng, lattice, anatomy, change)
+        look = pelvis.pelvis_appearance(rng, spread)
     image, labels = scan(template, warp, target, look, rng)
     points = {}
     if template.landmarks:
         found = warp.inverse(np.stack(list(template.landmarks.values()), axis=1))
         points = dict(zip(template.landmarks, found.T))
-    return Subject(image, labels, target, warp, points, names)
+    return SimulatedScan(image, labels, target, warp, points, names)
 
 
 @lru_cache(maxsize=1)

@@ -38,7 +38,7 @@ class Neighbours:
         for folder in _folders(image.parent, kind):
             held = self._files(folder, kind)
             for found in (held[name] for name in _names(image) if name in held):
-                return min(found, key=lambda path: not image.name.endswith("".join(path.suffixes[-2:])))
+                return min(found, key=lambda path: not image.name.endswith(path.name.removeprefix(id_of(path))))
         return None
 
     def notes(self, subjects: Iterable[Subject]) -> list[str]:

@@ -79,8 +79,12 @@ def read_cohort(source: Path | str) -> Cohort:
     file = find_dataset_json(Path(source))
     try:
         info = json.loads(read_text(file))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: found text that is not JSON ({error}), expected Learn2Reg's keys.") from error
+    except OSError as error:
+        raise InputError(
+            f"{file}: found a file that cannot be read ({error.strerror}), expected Learn2Reg's keys."
+        ) from error
     if not isinstance(info, dict):
         raise InputError(f"{file}: found a JSON {type(info).__name__}, expected an object with 'training' and 'test'.")
 

@@ -9,6 +9,7 @@ All methods get the same images, threads and allocator settings. A row that cann
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,7 @@ def measure(
     """
     where, speed = device(), bandwidth(device())
     settle_allocator()
+    gc.freeze()  # every memory measurement collects garbage; with the objects of all imports that would take a second
     torch.manual_seed(0)
     shapes = sorted((tuple(shape) for shape in shapes), key=math.prod)
     tasks = [("register", [1]), *([("train", sorted(batches))] if batches else [])]
@@ -274,6 +276,7 @@ def measure(
                 torch.cuda.empty_cache()
     grid = tuple(grids[len(grids) // 2])
     rows += [bending_row(form, grid, shape, where) for shape in shapes for form in BENDING if batches]
+    gc.unfreeze()
     frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
     frame["device"], frame["threads"] = describe_device(where), torch.get_num_threads()
     return frame.fillna({"note": ""})

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from test_ablation_tables import MEANS
 from test_ablation_tables import PARAMS as ABLATIONS
-from test_tables import SETTING, make_cases
+from test_tables import SETTING, blind_cases, make_cases
 
 from study.benchmark.published import Costs
 from study.reporting import claims as module
@@ -132,6 +132,14 @@ def test_ablations_stand_beside_the_spread_of_seeds():
         and found[0].effect == pytest.approx(0.1)
         and found[0].holds
     )
+
+
+def test_a_cohort_without_labels_proves_nothing_on_accuracy():
+    indexes = {"prostate": {"simulated": True}, "mine": {"simulated": False}}
+    found = [
+        f for claim in claims(blind_cases(), pd.DataFrame(), COSTS, PARAMS, indexes, SETTING) for f in claim.findings
+    ]
+    assert {f.metric for f in found if f.words.startswith("Mine")} == {"folding_percent", "nondiffeomorphic_percent"}
 
 
 def test_margin_is_the_papers_own_difference():

@@ -91,13 +91,12 @@ def test_the_finding_is_what_the_numbers_say():
     said = finding(errors(as_expected))
     assert said.startswith("A fine grid follows a false correspondence where the bending energy is weak")
     assert (
-        "at the least bending weight it falls from 1.00 to 0.50 where nothing is injected, rises from 1.00 to 1.50 under a"
-        in said
+        "Smallest bending weight: 1.00 → 0.50 (nothing), 1.00 → 1.50 (false match), 1.00 → 1.25 (wrong masks)." in said
     )
-    assert "at the largest bending weight it falls from 1.00 to 0.75 where" in said
+    assert "Largest bending weight: 1.00 → 0.75 (nothing), " in said
     for key in as_expected:  # one that goes the other way, and there is no such finding
         said = finding(errors(as_expected | {key: -as_expected[key]}))
-        assert said.startswith("Error in the disc") and said != finding(errors(as_expected))
+        assert said.startswith("Mean error in the disc") and said != finding(errors(as_expected))
 
 
 def test_bars_of_one_grid_stand_side_by_side(tmp_path):

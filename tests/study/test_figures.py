@@ -41,7 +41,7 @@ def captions(monkeypatch):
         plt.close(figure)
         written.append(" ".join(" ".join(caption).split()))
 
-    for module in (panels, grid_sizes, landmarks):
+    for module in (panels, grid_sizes, landmarks, training):
         monkeypatch.setattr(module, "save_figure", keep)
     return written
 
@@ -318,13 +318,19 @@ def test_training_curves(tmp_path):
     assert "Brain, Dataset 3 (simulated)" in texts(figure)
     assert "Simulated cohort, not patients." in stem.with_suffix(".txt").read_text()
     assert_nothing_clipped(figure)
-    many = training.training_curves(tmp_path / "many" / "t", dict.fromkeys(list(RUN_LABELS)[2:], read), "brain", True)
-    assert_nothing_clipped(many)
-    panels_of_run = [ax for ax in many.axes if ax.get_title()]
-    assert len(panels_of_run) == len(RUN_LABELS) - 2 and len({ax.get_ylim() for ax in panels_of_run}) == 1
     history.drop(columns="loss").to_csv(path, index=False)
     with pytest.raises(InputError, match="no column loss"):
         training.read_history(path)
+
+
+def test_many_runs_fit_a_page_and_share_their_axes(tmp_path, captions):
+    history = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "val_dice": [0.1, np.nan, 0.2]})
+    runs = list(RUN_LABELS)[2:]
+    histories = {run: history.assign(loss=history["loss"] * n) for n, run in enumerate(runs, 1)}
+    figure = training.training_curves(tmp_path / "t", histories, "brain", True)
+    assert_nothing_clipped(figure)
+    titled = [ax for ax in figure.axes if ax.get_title()]
+    assert len(titled) == len(runs) and len({ax.get_ylim() for ax in titled}) == 1
 
 
 def test_equal_figures_are_equal_files(tmp_path):

@@ -95,12 +95,14 @@ def oracle_figure(
             above.set_title(
                 dataset_label(dataset, bool(indexes[dataset]["simulated"])).replace(" (", "\n("), loc="left"
             )
-            above.set(yscale="log", xlabel="control points per axis", ylabel="approximation error (mm),\nlogarithmic")
+            above.set(yscale="log", xlabel="control points per axis")
             above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             above.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             above.yaxis.set_minor_formatter(NullFormatter())
             above.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)
             _parts(below, reached[reached["dataset"] == dataset], cases.loc[before, "tre_mm"].mean())
+        axes[0, 0].set_ylabel("approximation error (mm),\nlogarithmic axis")
+        axes[1, 0].set_ylabel("true TRE (mm)")
         letter_panels(axes.flat)
         handles = [Patch(fc=ORACLE_COLOUR, label="approximation error")]
         handles += [Patch(fc=tint, label=f"estimation error, {words}") for tint, words in _KINDS.values()]
@@ -160,5 +162,5 @@ def _parts(ax: Axes, rows: pd.DataFrame, before: float) -> None:
     if np.isfinite(before):
         ax.axhline(before, color=colour("identity"), lw=0.9, ls=":")
     ax.set_xticks(range(len(grids)), [grid.split("x")[0] if len(set(grid.split("x"))) == 1 else grid for grid in grids])
-    ax.set(xlabel="control points per axis", ylabel="true TRE (mm)", ylim=(0, None), xlim=(-0.5, len(grids) - 0.5))
+    ax.set(xlabel="control points per axis", ylim=(0, None), xlim=(-0.5, len(grids) - 0.5))
     ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)

@@ -90,7 +90,7 @@ def architecture_figure(
         figure, ax = plt.subplots(figsize=(PAGE, 3.9), layout="constrained")
         ax.set(xlim=(-1, 101), ylim=(0, 52))
         ax.set_axis_off()
-        _box(ax, 7, top, 12, 15, f"fixed and\nmoving image\n2 × {image}", IMAGE)
+        _box(ax, 7, top, 12, 15, f"fixed and\nmoving image\n2 ×\n{image}", IMAGE)
         before = 13.0
         for number, (channels, *size) in found["encoder"].items():
             x = xs[number - 1]
@@ -102,7 +102,7 @@ def architecture_figure(
         for layer, level in zip(network.layers, network.decoder):
             x, (seen, decoded) = xs[layer - 1], found["decoder"][layer]
             height = 3 + 2.1 * np.log2(max(found["encoder"][layer][1:]))
-            who = f"all {seen:,} tokens" if level.coarsest else f"{seen} tokens\naround it"
+            who = f"all {seen:,} tokens" if level.coarsest else f"{seen} tokens\naround each"
             each = f"{'all ' if decoded == points else ''}{decoded:,} points\n"
             _box(ax, x, middle, width, 5, f"linear → {CHANNELS}\n+ positions", PROJECTION)
             _box(
@@ -118,7 +118,7 @@ def architecture_figure(
         grid = grid_label("x".join(map(str, grid_size)))
         _box(ax, head, bottom, 10.5, 11, f"heads: μ{sigma}\nof the control\npoints\n3 × {grid}", FIELD)
         _arrow(ax, (levels[-1] - width / 2 - 0.75, bottom), (head + 5.25, bottom))
-        _box(ax, 7, bottom, 12, 11, f"{network.upsampling}\nupsampling\n3 × {image}", FIELD)
+        _box(ax, 7, bottom, 12, 11, f"{network.upsampling}\nupsampling\n3 ×\n{image}", FIELD)
         _arrow(ax, (head - 5.25, bottom), (13, bottom))
         _box(ax, 7, middle, 12, 5, "warp of the\nmoving image", IMAGE)
         _arrow(ax, (7, bottom + 5.5), (7, middle - 2.5))

@@ -77,11 +77,7 @@ def figure1(
     return figure
 
 
-_INJECTED = {
-    "nothing": "where nothing is injected",
-    "false match": "under a false match",
-    "wrong masks": "under wrong masks",
-}
+_COMPARED = ("nothing", "false match", "wrong masks")  # conditions on which the finding rests
 
 
 def finding(frame: pd.DataFrame) -> str:
@@ -89,23 +85,21 @@ def finding(frame: pd.DataFrame) -> str:
     means = (
         frame.groupby(["bending_weight", "condition", "grid"])["error_disc"].mean().unstack("grid").sort_index(axis=1)
     )
-    weights, names = (
-        sorted(set(frame["bending_weight"])),
-        [name for name in _INJECTED if name in set(frame["condition"])],
-    )
+    weights = sorted(set(frame["bending_weight"]))
+    names = [name for name in _COMPARED if name in set(frame["condition"])]
     parts, rising = [], []
-    for weight, which in {weights[0]: "least", weights[-1]: "largest"}.items():
+    for weight, which in {weights[0]: "Smallest", weights[-1]: "Largest"}.items():
         changes = []
         for name in names:
             coarse, fine = means.loc[(weight, name)].iloc[[0, -1]]
             rising += [(which, name)] * bool(fine > coarse)
-            changes.append(f"{'rises' if fine > coarse else 'falls'} from {coarse:.2f} to {fine:.2f} {_INJECTED[name]}")
-        parts.append(f"at the {which} bending weight it {', '.join(changes)}")
-    as_said = names == list(_INJECTED) and rising == [("least", name) for name in names[1:]]
+            changes.append(f"{coarse:.2f} → {fine:.2f} ({name})")
+        parts.append(f"{which} bending weight: {', '.join(changes)}.")
+    as_expected = names == list(_COMPARED) and rising == [("Smallest", name) for name in names[1:]]
     verdict = (
         "A fine grid follows a false correspondence where the bending energy is weak, and does not where it is strong. "
     )
-    return f"{verdict * as_said}Error in the disc from the coarsest to the finest grid: {'; '.join(parts)}."
+    return f"{verdict * as_expected}Mean error in the disc in voxels, coarsest → finest grid. {' '.join(parts)}"
 
 
 def _times(factor: float) -> str:

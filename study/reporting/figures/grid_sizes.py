@@ -172,7 +172,9 @@ def _grid_panel(ax: Axes, group: pd.DataFrame, metric: str) -> None:
     labels = [grid.split("x")[0] if len(set(grid.split("x"))) == 1 else grid_label(grid) for grid in grids]
     if np.isfinite(p_values).any():
         labels = [f"{label}\n{_p_text(p)}" for label, p in zip(labels, p_values)]
-        ax.text(-0.03, -0.3, "p", transform=ax.transAxes, ha="right", va="center", fontsize=SMALL, fontstyle="italic")
+        second_line = -20  # points below the axis
+        ax.annotate("p", (0, 0), (-5, second_line), "axes fraction", "offset points", ha="right", va="center",
+                    fontsize=SMALL, fontstyle="italic")  # fmt: skip
     ax.set(xticks=range(len(grids)), xlim=(-0.45, len(grids) - 0.55), ylabel=_axis_label(metric))
     ax.set_xticklabels(labels)
     ax.yaxis.set_major_locator(MaxNLocator(5))

@@ -122,7 +122,7 @@ def calibration_figure(
             row[0].set(xlabel="level of the interval", ylabel="fraction of errors within", xlim=(0, 1), ylim=(0, 1))
             row[1].set(xlabel="predicted SD (RMS of a bin, mm)", ylabel="error (RMS of the bin, mm)", xlim=(0, None))
             row[1].set_ylim(0, 1.35 * limit)  # room for the numbers
-            row[2].set(xlabel="fraction of voxels removed", ylabel="mean error of the rest (relative)", xlim=(0, 1))
+            row[2].set(xlabel="fraction of voxels removed", ylabel="relative mean error left", xlim=(0, 1))
             row[2].set_ylim(0, 1.35 * row[2].dataLim.y1)
             scales = ", ".join(f"× {factors[dataset, name]:.2f} ({name})" for name in tints)
             part.suptitle(

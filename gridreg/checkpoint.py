@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gridreg.errors import InputError
+from gridreg.errors import InputError, reason
 from gridreg.network import GridReg
+from gridreg.scans.files import renamed
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name, renamed to ``path`` on success. InputError, which names ``path``, where it cannot be written."""
+    try:
+        with renamed(path) as temporary:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # some file systems say only now that the disk is full
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({reason(error)}); expected room and the right to write"
+        ) from error
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file whole or not at all. InputError where it cannot be written."""
+    with _whole(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path | str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-    """Write named tensors and a JSON-able note into one safetensors file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write named tensors and a JSON-able note into one safetensors file, whole or not at all.
+
+    InputError where it cannot be written.
+    """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, temporary, metadata={"note": json.dumps(note)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _whole(Path(path)) as temporary:
+        save_file(on_cpu, temporary, metadata={"note": json.dumps(note)})
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,8 +109,8 @@ def load_model(
     return network.eval(), config
 
 
-def fingerprint(*values: Any, files: list[Path] = ()) -> str:
-    """A hash of JSON-able values and the contents of files: the key of a scratch folder."""
+def content_hash(*values: Any, files: list[Path] = ()) -> str:
+    """A hash of JSON-able values, the contents of files and PyTorch's version: the name of a scratch folder."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     digest.update(torch.__version__.encode())
     for path in files:

@@ -22,6 +22,12 @@ def exit_status(call: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; expected to be able to read and write it", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{reason(error)}; expected to be able to read and write it", file=sys.stderr)
         return 1
     return 0
+
+
+def reason(error: Exception) -> str:
+    """The cause alone: what the system says, without the number of the error or the name of a temporary file."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -13,9 +13,9 @@ from gridreg.spatial import Shape, warp
 from gridreg.upsampling import upsample, upsample_sigma
 from study.cohorts.dataset import Preprocessed
 
-SHARE = (
-    0.02  # on the pelvis, the Dice on validation is 0.79 without σ, 0.77 with this share, 0.74 with 0.1 and 0.72 with 1
-)
+# Weight of the uncertainty loss, in mean squared residuals. On the pelvis the Dice on validation is 0.79 without σ, 0.77
+# with this weight, 0.74 with 0.1 and 0.72 with 1.
+UNCERTAINTY_SHARE = 0.02
 
 
 def similarity_loss(
@@ -28,27 +28,30 @@ def similarity_loss(
 ) -> Tensor:
     """Similarity at image level, and at the control points where there are any (paper, section 3.3): a scalar.
 
-    For a Bayesian registration the uncertainty-weighted loss (equation 2) is added. It draws ``samples`` displacements
-    on the grid, T = μ + σ ε, and teaches σ alone: μ learns from the loss it would have without σ. Were it to learn
-    from the samples, a σ beyond the size of the texture would hide the image from it, and then have every reason to
-    grow. The loss has the weight of a small ``SHARE`` of one mean squared residual: to Adam the scale of what the head
-    for σ alone learns from does not matter, but the features, which both heads share, are then shaped by μ.
+    fixed, moving (B, 1, W, H, D) in [0, 1]; similarity one of ``losses.SIMILARITIES``.
+
+    For a Bayesian registration the uncertainty-weighted loss (equation 2) is added, mean over ``samples`` displacements
+    drawn on the grid, T = μ + σ ε. It trains σ alone, and μ has the loss it would have without σ: if μ learnt from the
+    samples, a σ beyond the size of the texture would hide the image from it, and σ would go on growing. The weight is
+    ``UNCERTAINTY_SHARE`` of the mean squared residual. Adam does not see the scale of the loss in the head for σ, but
+    both heads share their features, and a small weight leaves these to μ.
     """
     warped = warp(moving, registration.displacement)
     mean, sigma = registration.control_points, registration.sigma
     grid, shape = None if mean is None else tuple(mean.shape[2:]), tuple(fixed.shape[2:])
-    total = losses.similarity(similarity, fixed, warped, grid)
+    total = losses.similarity_loss(similarity, fixed, warped, grid)
     if sigma is None:
         return total
-    told, widest = losses.information(fixed), losses.WIDEST * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)
+    energy = losses.gradient_energy(fixed)
+    largest_sigma = losses.LARGEST_SIGMA * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)
     dense_variance = upsample_sigma(sigma, shape, network.upsampling).square()
-    weight = SHARE * losses.mse(fixed, warped).detach() / samples
+    weight = UNCERTAINTY_SHARE * losses.mse_loss(fixed, warped).detach() / samples
     for _ in range(samples):
         noise = torch.randn(mean.shape).to(mean.device)  # drawn on the CPU: the same on every device
         sample = warp(moving, upsample(mean.detach() + sigma * noise, shape, network.upsampling))
-        at_grid = [losses.at_control_points(volume, grid) for volume in (fixed, sample, told)]
-        total = total + weight * losses.uncertainty(fixed, sample, told, dense_variance, widest)
-        total = total + weight * losses.uncertainty(*at_grid, sigma.square(), widest)
+        at_grid = [losses.at_control_points(volume, grid) for volume in (fixed, sample, energy)]
+        total = total + weight * losses.uncertainty_loss(fixed, sample, energy, dense_variance, largest_sigma)
+        total = total + weight * losses.uncertainty_loss(*at_grid, sigma.square(), largest_sigma)
     return total
 
 
@@ -63,7 +66,13 @@ def loss_terms(
     dice: bool,
     samples: int = 1,
 ) -> dict[str, Tensor]:
-    """Similarity, Dice and bending losses of one batch (paper, section 3.3), each a scalar."""
+    """Similarity, bending and Dice losses of one batch (paper, section 3.3), each a scalar, by name.
+
+    pairs    (fixed id, moving id), a batch of them
+    grid     control points along each axis; None for a method that has none
+    dice     whether the Dice loss is among them
+    samples  displacements that the uncertainty loss draws
+    """
     fixed, moving = (to_tensor([data.image(pair[side]) for pair in pairs], device) for side in (0, 1))
     registration: Registration = network(fixed, moving, grid)
     terms = {"similarity": similarity_loss(network, registration, fixed, moving, similarity, samples)}
@@ -72,9 +81,8 @@ def loss_terms(
     else:
         terms["bending"] = losses.grid_bending_energy(registration.control_points, data.shape, network.upsampling)
     if dice:
-        maps = [
-            torch.from_numpy(np.stack([data.labels(p[side]) for p in pairs]))[:, None].to(device) for side in (0, 1)
-        ]
+        stacks = (np.stack([data.labels(pair[side]) for pair in pairs]) for side in (0, 1))
+        maps = [torch.from_numpy(stack)[:, None].to(device) for stack in stacks]
         values = sorted(int(value) for value in data.index["labels"])
-        terms["dice_loss"] = losses.label_dice(*maps, registration.displacement, values)
+        terms["dice_loss"] = losses.label_dice_loss(*maps, registration.displacement, values)
     return terms

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import gridreg
-import study.methods
-import study.training
 from gridreg import losses, metrics
-from gridreg.checkpoint import fingerprint, read_tensors, save_model, write_tensors, write_text
+from gridreg.checkpoint import content_hash, read_tensors, save_model, write_tensors, write_text
 from gridreg.devices import describe_device, to_tensor
 from gridreg.errors import InputError, exit_status
 from gridreg.spatial import Shape, warp
@@ -39,8 +37,10 @@ from study.cohorts.dataset import Preprocessed
 from study.config import params
 from study.config.ablation import named_arguments, trainings
 from study.config.schema import UNTRAINED
+from study.locks import locked, whole_folder
 from study.methods.table import build, grid_name, grid_sizes, parameter_count
 from study.training.devices import keep_memory, launch
+from study.training.kinds import training_kinds
 from study.training.objective import loss_terms
 
 SCRATCH = Path(".scratch")  # of unfinished trainings, and of finished ones that wait for the pipeline
@@ -79,7 +79,7 @@ def validate(network: nn.Module, data: Preprocessed, grids: list, device) -> dic
                 warped = warp(labels, displacement, "nearest")[0, 0]
                 score = metrics.dice(data.labels(fixed), warped.cpu().numpy().astype(np.int16))
             else:
-                score = -float(losses.mse(images[0], warp(images[1], displacement)))
+                score = -float(losses.mse_loss(images[0], warp(images[1], displacement)))
             scores[grid_name(grid)].append(score)
     network.train()
     return {name: float(np.mean(values)) for name, values in scores.items()}
@@ -225,7 +225,7 @@ def optimise(
     }
     unfinished = out.with_name(f"un{out.name}")
     save_model(unfinished, network.cpu(), {"run": run, "grid": grid, "val_dice": scores, "training": result})
-    pd.DataFrame(state.history).to_csv(unfinished / "history.csv", index=False)
+    write_text(unfinished / "history.csv", pd.DataFrame(state.history).to_csv(index=False))
     write_text(unfinished / "metrics.json", json.dumps(result, indent=2) + "\n")
     unfinished.rename(out)
     state.file.unlink()
@@ -255,32 +255,33 @@ def train(
     The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
     model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
 
-    InputError where ``dice_weight`` asks for labels that are not there, or the loss is no number any more.
+    InputError where ``dice_weight`` asks for labels that are not there, where the loss is no number any more, where
+    another process trains the same, and where the code computes something else than ``fingerprints.yaml`` says.
     """
+    from study.training.fingerprint import check  # here, not above: it trains small networks with ``optimise``
+
     bare = [name for name in data.subjects("train") if not data.index["subjects"][name]["label"]]
     if dice_weight and bare:
         raise InputError(
             f"{data.index['name']}: found no labels of {bare[0]} ({len(bare)} such training scans), expected "
             f"them for a dice_weight of {dice_weight:g}; 0 trains without"
         )
-    code = [
-        file
-        for package in (gridreg, study.methods, study.training)
-        for file in sorted(Path(package.__file__).parent.glob("*.py"))
-    ]
+    numbers = check(training_kinds(run, similarity, dice_weight))
     images = [path for kind in ("images", "labels") for path in sorted((data.folder / kind).glob("*.nii.gz"))]
-    key = fingerprint(data.index, run, settings, seed, similarity, bending_weight, dice_weight, files=code + images)
+    key = content_hash(data.index, run, settings, seed, similarity, bending_weight, dice_weight, numbers, files=images)
     finished = next(Path(scratch).glob(f"{key}-*/finished"), None)
     if finished is None:
         fabric = launch()
         finished = Path(scratch) / f"{key}-{fabric.world_size}" / "finished"
         weights = {"similarity": similarity, "bending_weight": bending_weight, "dice_weight": dice_weight}
-        optimise(fabric, data, run, settings, finished, seed=seed, **weights)
+        with locked(finished.parent, wait=False) if fabric.is_global_zero else nullcontext():
+            optimise(fabric, data, run, settings, finished, seed=seed, **weights)
         if not fabric.is_global_zero:
             return {}
     result = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
     if out is not None:
-        shutil.copytree(finished, out, dirs_exist_ok=True)
+        with whole_folder(out) as folder:
+            shutil.copytree(finished, folder, dirs_exist_ok=True)
         shutil.rmtree(finished.parent)
     return result
 

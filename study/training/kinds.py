@@ -1,0 +1,116 @@
+"""Which kinds of computation a run is made of: the names in ``fingerprints.yaml``, and the numbers that DVC compares.
+
+A training depends on its data, its settings and what the code computes, not on the text of the code. What the code
+computes is noticed by a few numbers for each kind of run (``study.training.fingerprint``). A run is of several kinds:
+its network, its number of layers, its similarity.
+
+    python -m study.training.kinds results/fingerprints     the numbers of every run in use, one file each
+
+DVC has these files as dependencies: when a kind changes, its runs are trained or evaluated again, and no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from gridreg.checkpoint import write_text
+from gridreg.errors import InputError, exit_status
+from study.config import params
+from study.config.ablation import PLACE, ablations
+
+FILE = Path(__file__).parents[2] / "fingerprints.yaml"
+COMMAND = "python -m study.training.fingerprint"
+
+
+def network_kinds(run: dict[str, Any]) -> list[str]:
+    """The kinds of a run's network: what of its settings is code of its own, not just another size."""
+    method = run["method"]
+    if method == "gridreg":
+        kind = f"gridreg-{run.get('upsampling', 'trilinear')}"
+        kind += "-fold-free" * run.get("fold_free", False)
+        kind += "-bayesian" * run.get("bayesian", False) + "-no-projector" * (not run.get("projector", True))
+        layers = run.get("num_layers", 5)
+        return [kind, *([] if layers == 5 else [f"gridreg-{layers}-layers"])]
+    if method == "keymorph":
+        layers = run.get("layers", 9)
+        return [f"keymorph-{run.get('align', 'tps')}", *([] if layers == 9 else [f"keymorph-{layers}-layers"])]
+    if method == "voxelmorph":
+        return ["voxelmorph-integrated" if run.get("integration_steps", 5) else "voxelmorph"]
+    if method == "transmorph":
+        return [f"transmorph-{run.get('convolutions', 1)}-convolutions"]
+    return [method]
+
+
+def training_kinds(run: dict[str, Any], similarity: str, dice_weight: float) -> list[str]:
+    """The kinds of a training, under ``train`` in the file."""
+    losses = [] if similarity == "mse" else [f"similarity-{similarity}"]
+    return [*network_kinds(run), *losses, "labels" if dice_weight else "no-labels"]
+
+
+def evaluation_kinds(run: dict[str, Any], refined_by: str | None = None) -> list[str]:
+    """The kinds of an evaluation, under ``evaluate`` in the file; refined_by: the similarity of a refinement."""
+    return ["metrics", *network_kinds(run), *([] if refined_by is None else [f"refinement-{refined_by}"])]
+
+
+def read() -> dict[str, Any]:
+    """``fingerprints.yaml``: {"preprocess": numbers, "train": {kind: numbers}, "evaluate": {kind: numbers}}."""
+    return _parsed(FILE, FILE.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _parsed(file: Path, modified: int) -> dict[str, Any]:
+    return YAML(typ="safe").load(file.read_text(encoding="utf-8"))
+
+
+def numbers_of(section: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """The numbers of some kinds, as the file has them. InputError for a kind that it lacks."""
+    stored = read()[section]
+    for kind in kinds:
+        if kind not in stored:
+            raise InputError(f"{FILE}: found no {section}.{kind}; expected it there, as `{COMMAND}` writes it")
+    return {kind: stored[kind] for kind in kinds}
+
+
+def write(folder: Path | str, values: dict[str, Any]) -> None:
+    """For every run in use, the numbers it depends on: ``train/<dataset>/<run>.json`` and ``evaluate/<dataset>/<run>.json``.
+
+    The refined evaluation of a run is ``<run>-refined.json``; the dataset of an ablation is ``ablation``.
+    """
+
+    def save(section: str, dataset: str, name: str, kinds: list[str]) -> None:
+        file = Path(folder) / section / dataset / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(numbers_of(section, kinds), indent=1) + "\n")
+
+    use, runs = values["use"], values["runs"]
+    for dataset in use["datasets"]:
+        block = values["datasets"][dataset]
+        for name in use["trained"]:
+            save("train", dataset, name, training_kinds(runs[name], block["similarity"], block["dice_weight"]))
+        for name in [*use["trained"], *use["untrained"]]:
+            save("evaluate", dataset, name, evaluation_kinds(runs[name]))
+        for name in use.get("refined", []):
+            save("evaluate", dataset, f"{name}-refined", evaluation_kinds(runs[name], block["similarity"]))
+    for name, run in ablations(values).items():
+        block = values["datasets"][values["ablation"]["dataset"]]
+        save("train", PLACE, name, training_kinds(run, block["similarity"], block["dice_weight"]))
+        save("evaluate", PLACE, name, evaluation_kinds(run))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m study.training.kinds", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the files go")
+    folder = parser.parse_args().folder
+    return exit_status(lambda: write(folder, params.load()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -87,14 +87,9 @@ class Explorer(widgets.VBox):
     """
 
     def __init__(self, sources: Mapping[str, Source], start: str | None = None, out: Path | str = "explored"):
-        if not sources:
-            raise InputError(
-                "found no trained GridReg whose images are there, expected one under checkpoints/<dataset> or "
-                "results/train/<dataset>/<run>."
-            )
-        start = next(iter(sources)) if start is None else start
+        start = next(iter(sources), None) if start is None else start
         if start not in sources:
-            raise InputError(f"found no model '{start}', expected one of {', '.join(sources)}.")
+            raise InputError(f"found no model '{start}', expected one of {', '.join(sources) or 'a trained GridReg'}.")
         self.sources, self.out = sources, Path(out)
         self._waiting: asyncio.TimerHandle | None = None
         self.dataset = widgets.Dropdown(options=list(sources), value=start, description="model")

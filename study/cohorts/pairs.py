@@ -19,6 +19,7 @@ from gridreg.scans.intensity import Intensity
 from gridreg.scans.pair import Pair, as_pair, prepare_pair, read_pair
 from gridreg.scans.prepare import Target, prepare_scan
 from gridreg.scans.start import Start, choose_start
+from study import ROOT
 from study.cohorts.dataset import Preprocessed, load_index
 from study.cohorts.learn2reg import Cohort, limit, read_cohort
 from study.cohorts.truth import correspondence
@@ -71,19 +72,19 @@ def sources(
     fixed: Path | str | None = None,
     moving: Path | str | None = None,
     start: str | None = None,
-    results: Path | str = "results",
-    checkpoints: Path | str = "checkpoints",
+    results: Path | str = ROOT / "results",
+    checkpoints: Path | str = ROOT / "checkpoints",
 ) -> dict[str, Source]:
     """What the explorer can open: every trained GridReg, each with the test pairs of its dataset or with two files.
 
     Models are looked for in ``checkpoints/<dataset>`` (with the clone) and ``results/train/<dataset>/<run>`` (trained here).
     A dataset that params.yaml does not name any more is opened as it was preprocessed, from ``results/preprocess``; without
     that, or without the cohort, its models are left out. ``start``: of two files, as in ``read_pair``. InputError for one
-    file alone.
+    file alone, and where nothing is found.
     """
     if bool(fixed) != bool(moving):
         raise InputError("found only one of the fixed and the moving file, expected both or neither.")
-    found = {}
+    found, missing = {}, ""
     for name, dataset, folder in trained_models(values, results, checkpoints):
         try:
             if fixed:
@@ -92,16 +93,23 @@ def sources(
                                 lambda _, settings=settings: _two_files(settings, fixed, moving, start))  # fmt: skip
             else:
                 source = Source(folder, *_test_pairs(values, dataset, results))
-        except InputError:  # neither its cohort nor its preprocessed images are there
+        except InputError as error:  # neither its cohort nor its preprocessed images are there
+            missing = f" ({name}: {str(error).rstrip('.')})"
             continue
         found[name] = source
+    if not found:
+        raise InputError(
+            f"{results}: found no trained GridReg whose images are there{missing}, expected one under "
+            f"{checkpoints}/<dataset> or {results}/train/<dataset>/<run>."
+        )
     return found
 
 
 def trained_models(
-    values: dict[str, Any], results: Path | str = "results", checkpoints: Path | str = "checkpoints"
+    values: dict[str, Any], results: Path | str = ROOT / "results", checkpoints: Path | str = ROOT / "checkpoints"
 ) -> list[tuple[str, str, Path]]:
     """(what to call it, dataset, folder) of every trained GridReg: those in ``checkpoints`` first, then those in ``results``."""
+    order = list(values["datasets"])
     with_clone = [(each.name, each.name, each) for each in _folders(checkpoints)]
     trained = []
     for group in _folders(Path(results) / "train"):
@@ -109,6 +117,8 @@ def trained_models(
         if dataset == "ablation" and dataset not in values["datasets"]:
             dataset = (values.get("ablation") or {}).get("dataset") or dataset
         trained += [(f"{group.name}, {run.name}", dataset, run) for run in _folders(group)]
+    for models in (with_clone, trained):  # in the order of params.yaml, then by name
+        models.sort(key=lambda model: order.index(model[1]) if model[1] in order else len(order))
     return [model for model in [*with_clone, *trained] if _is_gridreg(model[2])]
 
 
@@ -155,7 +165,16 @@ def _two_files(settings: dict[str, Any], fixed: Path | str, moving: Path | str, 
 
 
 def _grid(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings.get(name) for name in ("shape", "spacing_mm", "affine_reference")}
+    reference = settings.get("affine_reference")
+    if reference not in (None, "mni152"):
+        reference = _from_root(reference)
+    return {"shape": settings["shape"], "spacing_mm": settings["spacing_mm"], "affine_reference": reference}
+
+
+def _from_root(path: str) -> Path:
+    """A path of params.yaml: relative ones count from the repository, wherever a notebook runs."""
+    found = Path(path).expanduser()
+    return found if found.exists() else ROOT / found
 
 
 def _intensity(settings: dict[str, Any]) -> Intensity:
@@ -177,4 +196,4 @@ def _chosen(files: tuple[Path, ...], target: Target, wanted: str | None) -> Star
 
 def _cohort(values: dict[str, Any], dataset: str) -> Cohort:
     settings = _settings(values, dataset)
-    return limit(read_cohort(settings["path"]), settings.get("max_subjects"), settings.get("max_pairs"))
+    return limit(read_cohort(_from_root(settings["path"])), settings.get("max_subjects"), settings.get("max_pairs"))

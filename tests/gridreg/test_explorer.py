@@ -237,7 +237,7 @@ def test_any_trained_gridreg_opens_whatever_its_cohort(cohort, tmp_path, pair):
     assert sorted(own) == sorted(found)
     assert own["gone, gridreg-5"].open(0).shape == (24, 22, 20)
     with pytest.raises(InputError, match="found no trained GridReg whose images are there, expected one under"):
-        Explorer(sources(values, results=tmp_path, checkpoints=tmp_path))
+        sources(values, results=tmp_path, checkpoints=tmp_path)
 
 
 def test_a_cohorts_pair_opens_as_it_was_preprocessed(cohort, tmp_path):

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from gridreg.errors import InputError, exit_status
 from study import ROOT
+from study.config.files import read
 from study.config.pipeline import write_in_use
 from study.locks import locked
 
@@ -134,37 +135,43 @@ def stages_of(repository: Any) -> dict[str, set[str]]:
     }
 
 
-def fetch(repository: Any, cohorts: Iterable[str]) -> None:
-    """Bring what is missing here and lies in the store: cohorts, checkpoints, results. InputError where that fails.
+def missing_here(repository: Any, cohorts: Iterable[str]) -> list[str]:
+    """What to pull: dvc.yaml or a .dvc file of which something is missing; of a folder that is there, missing cohorts alone.
 
-    What somebody has put into data/ stays: where this folder exists, only the missing folders of cohorts are brought.
+    So what somebody has put into data/ stays, and the cohorts of the store come beside it.
     """
-    from dvc.exceptions import DvcException
-
-    missing = []
+    targets: list[str] = []
     for stage in repository.index.stages:
         for out in stage.outs:
-            if out.hash_info and not os.path.lexists(out.fs_path):
-                missing.append(os.path.relpath(out.fs_path, ROOT))
-            elif out.hash_info and stage.is_data_source:
-                folders = [folder for folder in cohorts if folder.startswith(f"{os.path.relpath(out.fs_path, ROOT)}/")]
-                missing += [folder for folder in folders if not (ROOT / folder).exists()]
-    if not missing:
-        return
-    say(f"dvc pull: {len(missing)} files and folders are missing here")
+            folder = os.path.relpath(out.fs_path, ROOT)
+            if not out.hash_info:
+                continue  # never made
+            if not os.path.lexists(out.fs_path):
+                targets.append(os.path.relpath(stage.path, ROOT))
+            elif stage.is_data_source:
+                targets += [path for path in cohorts if path.startswith(f"{folder}/") and not (ROOT / path).exists()]
+    return list(dict.fromkeys(targets))
+
+
+def fetch(repository: Any, cohorts: Iterable[str]) -> None:
+    """`dvc pull` of what is missing here: cohorts, checkpoints, results. InputError where that fails."""
+    from dvc.exceptions import DvcException
     from dvc.ui import ui
 
-    ui.enable()
-    try:
-        patiently(lambda: repository.pull(targets=missing, allow_missing=True))
-    except DvcException as error:
-        raise InputError(
-            f"dvc pull: {_in_one_line(error)}; expected {', '.join(missing[:3])}{' …' if missing[3:] else ''} to come "
-            "from .dvc-store/; `dvc pull -v` tells more, and files in the way are to be moved elsewhere"
-        ) from error
-    absent = [folder for folder in cohorts if not (ROOT / folder).exists()]
-    if absent:
-        raise InputError(f"{absent[0]}: found no such folder, here or in the store; expected a cohort there")
+    targets = missing_here(repository, cohorts)
+    if targets:
+        ui.enable()
+        say(f"dvc pull {' '.join(targets)}")
+        try:
+            patiently(lambda: repository.pull(targets=targets, allow_missing=True))
+        except DvcException as error:
+            raise InputError(
+                f"dvc pull {' '.join(targets)}: {_in_one_line(error)}; expected them to come from .dvc-store/ and "
+                "nothing else in their place (move what is there elsewhere, it is never overwritten)"
+            ) from error
+    for folder in cohorts:
+        if not (ROOT / folder).exists():
+            raise InputError(f"{folder}: found no such folder, here or in .dvc-store/; expected a cohort in it")
 
 
 def changed_stages(repository: Any) -> set[str]:
@@ -234,9 +241,7 @@ def reproduce(jobs: int, gpus: int, start: str | None = None) -> None:
     )
     with locked(ROOT / "dvc.lock", say=say):
         repository = open_repository()
-        from study.config.files import read
-
-        fetch(repository, read(ROOT / "in_use.yaml")["in_use"]["cohorts"].values())
+        fetch(repository, list(read(ROOT / "in_use.yaml")["in_use"]["cohorts"].values()))
         needs = stages_of(repository)
         options = ["--pull"]
         failed = run(Schedule([FIRST], {}), slots, options)

@@ -2,6 +2,7 @@
 
     python -m study.pipeline                    every stage that changed, two at a time
     python -m study.pipeline --jobs 8           eight at a time; the cores are shared between them
+    python -m study.pipeline --pull             nothing is run, data and results of the store are brought here
     python -m study.pipeline --from train       these stages and all that need them again, changed or not
 
 A stage starts when those it needs have ended. With several GPUs every job has its own.
@@ -178,7 +179,7 @@ def changed_stages(repository: Any) -> set[str]:
     return set(patiently(repository.status))
 
 
-def run_stage(name: str, options: list[str], environment: dict[str, str]) -> None:
+def run_stage(name: str, options: Iterable[str], environment: dict[str, str]) -> None:
     """`dvc repro --single-item NAME`, in a process of its own; ends it with DVC's status."""
     os.chdir(ROOT)
     os.environ.update(environment)
@@ -197,7 +198,10 @@ def environments(jobs: int, gpus: int, cores: int) -> list[dict[str, str]]:
 
 
 def run(
-    schedule: Schedule, slots: list[dict[str, str]], options: list[str], target: Callable[..., None] = run_stage
+    schedule: Schedule,
+    slots: list[dict[str, str]],
+    options: Iterable[str] = (),
+    target: Callable[..., None] = run_stage,
 ) -> str | None:
     """Run the stages of the schedule, as many at a time as there are slots. Returns the name of one that failed, or None.
 
@@ -232,31 +236,32 @@ def number_of_gpus() -> int:
     return len(listed.stdout.splitlines())
 
 
-def reproduce(jobs: int, gpus: int, start: str | None = None) -> None:
-    """Bring everything up to date. InputError where the repository, the data or a stage fails."""
+def chosen(repository: Any, needs: dict[str, set[str]], start: str | None) -> list[str]:
+    """The stages to run, in order: what changed, or a kind of stage (``train``) or one stage, and all that need it."""
+    if start is None:
+        return with_all_that_need_them(changed_stages(repository) & set(needs), needs)
+    stages = [name for name in needs if start in (name, name.split("@")[0])]
+    if not stages:
+        kinds = dict.fromkeys(name.split("@")[0] for name in needs)
+        raise InputError(f"dvc.yaml: no stage is called {start}; expected one of {', '.join(kinds)}")
+    return with_all_that_need_them(stages, needs)
+
+
+def reproduce(slots: list[dict[str, str]], start: str | None = None, pull_alone: bool = False) -> None:
+    """Bring everything up to date, or only what is in the store. InputError where the data or a stage fails."""
     for line in write_in_use(ROOT / "params.yaml"):
         say(line)
-    slots = environments(
-        jobs, gpus, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    with locked(ROOT / "dvc.lock", say=say):
-        repository = open_repository()
-        fetch(repository, list(read(ROOT / "in_use.yaml")["in_use"]["cohorts"].values()))
-        needs = stages_of(repository)
-        options = ["--pull"]
-        failed = run(Schedule([FIRST], {}), slots, options)
+    with locked(ROOT / ".scratch" / "repro", say=say):
+        fetch(open_repository(), list(read(ROOT / "in_use.yaml")["in_use"]["cohorts"].values()))
+        if pull_alone:
+            return
+        failed = run(Schedule([FIRST], {}), slots)
         if failed is None:
             repository = open_repository()
-            if start is None:
-                todo = with_all_that_need_them(changed_stages(repository) & set(needs), needs)
-            else:
-                chosen = [name for name in needs if name.split("@")[0] == start or name == start]
-                if not chosen:
-                    kinds = dict.fromkeys(name.split("@")[0] for name in needs)
-                    raise InputError(f"dvc.yaml: no stage is called {start}; expected one of {', '.join(kinds)}")
-                todo, options = with_all_that_need_them(chosen, needs), ["--force", "--no-run-cache"]
-            say(f"{len(todo)} of {len(needs)} stages to bring up to date, {min(jobs, max(1, len(todo)))} at a time")
-            failed = run(Schedule(todo, needs), slots, options)
+            needs = stages_of(repository)
+            todo = chosen(repository, needs, start)
+            say(f"{len(todo)} of {len(needs)} stages to bring up to date, {len(slots)} at a time")
+            failed = run(Schedule(todo, needs), slots, [] if start is None else ["--force", "--no-run-cache"])
     if failed is not None:
         raise InputError(
             f"stage {failed}: failed, for the reason above (its notebook in executed/ has the traceback); "
@@ -271,13 +276,15 @@ def main() -> int:
     parser.add_argument(
         "--from", dest="start", metavar="STAGE", help="run this stage and all that need it, changed or not"
     )
+    parser.add_argument("--pull", action="store_true", help="only bring what is missing here and lies in the store")
     options = parser.parse_args()
     gpus = number_of_gpus() if options.gpus is None else options.gpus
     jobs = max(2, gpus) if options.jobs is None else options.jobs
     if jobs < 1:
         parser.error("--jobs: expected a number of at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        return exit_status(lambda: reproduce(jobs, gpus, options.start))
+        return exit_status(lambda: reproduce(environments(jobs, gpus, cores), options.start, options.pull))
     except KeyboardInterrupt:
         say("interrupted; what is finished is kept, and a training goes on where it stood")
         return 130

@@ -17,7 +17,6 @@ from test_train import RUN, SETTINGS, run_training  # noqa: F401: folder is a fi
 
 from gridreg.explorer import registered as explorer
 from gridreg.network import GridReg
-from gridreg.scans.pair import Case
 from gridreg.spatial import warp
 from study.benchmark.memory import MB
 from study.cohorts.dataset import Preprocessed
@@ -69,12 +68,10 @@ class Accelerator(CPUAccelerator):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(train, "launch", lambda: Fabric(strategy=SingleDeviceStrategy(GPU, Accelerator())))
-    register = torch.no_grad()(
-        evaluate.register.__wrapped__
-    )  # in inference mode tensors of Python's making cannot be views
-    for module in (evaluate, explorer, uncertainty):
+    # in inference mode tensors of Python's making cannot be views
+    for module, name in ((evaluate, "register"), (uncertainty, "register"), (explorer, "register_pair")):
+        monkeypatch.setattr(module, name, torch.no_grad()(getattr(module, name).__wrapped__))
         monkeypatch.setattr(module, "device", lambda: GPU)
-        monkeypatch.setattr(module, "register", register)
     torch.__future__.set_swap_module_params_on_conversion(
         True
     )  # as on a GPU, where a moved parameter is the same object
@@ -123,9 +120,7 @@ def test_what_is_made_of_sigma_comes_back_from_a_gpu(folder, gpu):  # noqa: F811
     data, network = Preprocessed(folder), GridReg(base_channels=8, num_layers=4, bayesian=True)
     pair = next(uncertainty.uncertain_pairs(data, network, (4, 5, 3), "test"))
     assert all(np.isfinite(sigma).all() for sigma in pair.sigma_mm.values())
-    images = [data.image(name) for name in (pair.fixed, pair.moving)]
-    case = Case("blobs", *images, data.affine, (Path(), Path()), (np.eye(4), np.eye(4)))
-    registered = explorer.register_case(network, case, 4)
+    registered = explorer.register_pair(network, data.pair(pair.fixed, pair.moving), 4)
     draw_sample = torch.no_grad()(explorer.draw_sample.__wrapped__)
     assert registered.control_points.device == GPU and np.isfinite(draw_sample(registered, 1)[1]).all()
 

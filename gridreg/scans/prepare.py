@@ -15,6 +15,7 @@ taken back to the scanner's coordinates.
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -221,8 +222,17 @@ def _kept(volume: Volume, image: np.ndarray, target: Target, to_source: np.ndarr
 
 
 def fresh_processes(number: int) -> ProcessPoolExecutor:
-    """A pool of new processes (spawned: a forked ITK can hang, and would not read its number of threads again)."""
-    return ProcessPoolExecutor(number, mp_context=get_context("spawn"))
+    """A pool of new processes (spawned: a forked ITK can hang, and would not read its number of threads again).
+
+    Jupyter ends a kernel by an interrupt to all of its processes. Theirs ends them at once: Python's own way to do so, a
+    KeyboardInterrupt, would leave a traceback in the log of every notebook.
+    """
+    return ProcessPoolExecutor(
+        number,
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def _size(target: Target) -> str:

@@ -46,7 +46,7 @@ def register(
     where: torch.device,
     refinement: dict[str, Any] | None = None,
 ) -> tuple[Registration, np.ndarray, float, float]:
-    """Register one pair; ``refinement`` holds arguments of ``gridreg.refinement``, or None.
+    """Register one pair; ``refinement`` holds arguments of ``gridreg.refine``, or None.
 
     A method that looks only around the labels (SyN with ``mask_margin``) is given them.
 
@@ -89,7 +89,7 @@ def evaluate(
     """Per-case results of ``network`` on the test pairs, at each of ``grids``; one row a pair and grid.
 
     chosen      the grid size chosen on validation; the rows of the others are for Figure 8 alone
-    refinement  arguments of ``refine.refine``, for methods with control points; None: what the network answers
+    refinement  arguments of ``gridreg.refine``, for methods with control points; None: what the network answers
     pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases, and
                 for σ in mm where the method has a Bayesian head
     """

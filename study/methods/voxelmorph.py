@@ -1,4 +1,4 @@
-"""."""
+"""VoxelMorph, the dense baseline (Balakrishnan et al., IEEE TMI 38, 2019): the network of the official package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gridreg.network import Registration
 from gridreg.spatial import Shape
 
 
-class InFull(nn.Module):
+class FullPrecision(nn.Module):
     """A layer in single precision, whatever autocast says: a displacement needs all its digits."""
 
     def __init__(self, layer: nn.Module):
@@ -26,8 +26,8 @@ class VoxelMorph(nn.Module):
     """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
 
     width, levels      features at each level, and levels
-    integration_steps  squarings of the velocity that it predicts; 0: it predicts the displacement itself, as in the paper,
-                       which reports folds of it
+    integration_steps  squarings of the predicted velocity; 0: the network predicts the displacement itself. The GridReg
+                       paper does so: it reports folds
 
     The defaults are the package's own. Images are zero-padded to the multiple of 2^levels that it needs, and the field
     is cropped back.
@@ -45,9 +45,10 @@ class VoxelMorph(nn.Module):
             nb_features=[width] * levels,
             integration_steps=integration_steps,
         )
-        self.network.flow_layer = InFull(self.network.flow_layer)
+        self.network.flow_layer = FullPrecision(self.network.flow_layer)
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
+        """fixed, moving: (B, 1, W, H, D) in [0, 1]. There is no grid: ``grid_size`` is not used."""
         shape = fixed.shape[2:]
         padding = [side for n in reversed(shape) for side in (0, -n % self.multiple)]
         flow = self.network(F.pad(moving, padding), F.pad(fixed, padding))

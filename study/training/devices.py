@@ -1,4 +1,4 @@
-"""."""
+"""How a training uses the machine: devices, nodes and precision from environment variables, and the allocator."""
 
 from __future__ import annotations
 

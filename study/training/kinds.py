@@ -21,10 +21,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from gridreg.checkpoint import write_text
 from gridreg.errors import InputError, exit_status
 from study.config import params
 from study.config.ablation import PLACE, ablations
+from study.config.files import write as write_text
 
 FILE = Path(__file__).parents[2] / "fingerprints.yaml"
 COMMAND = "python -m study.training.fingerprint"

@@ -1,7 +1,8 @@
 """One training function for every learned method (paper, sections 3.3 and 4.3): Adam, the best step chosen on validation.
 
 A training that was interrupted goes on where it stood and ends with the same weights (on a GPU not bit for bit: its sums
-have no fixed order). A step draws from (seed, step) alone; the state is in a folder named by a hash of data, settings, code.
+have no fixed order). A step draws from (seed, step) alone. The state is in a folder named by a hash of data, settings and
+fingerprint: what the code computes, not how it is written.
 
     python -m study.training.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
     python -m study.training.train ablation layers-4       one of its ablations

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from gridreg import checkpoint
-from gridreg.checkpoint import fingerprint, load_model, read_tensors, save_model, write_tensors, write_text
-from gridreg.errors import InputError
+from gridreg.checkpoint import content_hash, load_model, read_tensors, save_model, write_tensors, write_text
+from gridreg.errors import InputError, exit_status
 from study.methods.table import build
 
 RUN = {"method": "gridreg", "base_channels": 8, "num_layers": 4, "bayesian": True}
@@ -72,7 +74,7 @@ def test_loading_does_not_unpickle(saved, monkeypatch):
 def test_weights_of_another_configuration_are_refused(saved, changes, named):
     edit(saved, **changes)
     with pytest.raises(InputError, match=named) as refusal:
-        load_model(saved)
+        load_model(saved, build)
     assert str(refusal.value).startswith(f"{saved / 'model.safetensors'}: ")
 
 
@@ -150,24 +152,67 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch, w
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(path, "new")
     monkeypatch.undo()
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["file"]
     write(path, "new")
-    assert path.read_bytes() != before
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # the next write takes over what was left lying
+    assert path.read_bytes() != before and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_fingerprint_follows_values_and_files(tmp_path):
+@pytest.mark.parametrize("write", [write_text, write_note])
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, write):
+    """Many file systems notice only when the bytes are sent to the disk; the error then names no file."""
+    path = tmp_path / "file"
+    write(path, "old")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        InputError, match=r"file: cannot be written \(No space left on device\); expected room"
+    ) as error:
+        write(path, "new")
+    assert str(error.value).startswith(f"{path}: ")
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence_that_names_the_file(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for write in (write_text, write_note):
+        with pytest.raises(InputError, match="file/weights: cannot be written .*expected room and the right to write"):
+            write(tmp_path / "file" / "weights", "new")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; expected"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.csv"), "error: a.csv: No space left on device; expected"),
+        (shutil.Error([("a", "b", "why")]), "error: [('a', 'b', 'why')]; expected"),
+        (InputError("a sentence"), "error: a sentence"),
+    ],
+)
+def test_a_command_ends_with_one_line_for_every_error_of_files(capsys, error, line):
+    def call():
+        raise error
+
+    assert exit_status(call) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1 and "None" not in said
+
+
+def test_the_hash_follows_values_and_files(tmp_path):
     code = tmp_path / "code.py"
     code.write_text("a = 1")
-    first = fingerprint({"a": 1, "b": 2}, 3, files=[code])
-    assert first == fingerprint({"b": 2, "a": 1}, 3, files=[code])
-    assert first != fingerprint({"a": 1, "b": 2}, 4, files=[code])
+    first = content_hash({"a": 1, "b": 2}, 3, files=[code])
+    assert first == content_hash({"b": 2, "a": 1}, 3, files=[code])
+    assert first != content_hash({"a": 1, "b": 2}, 4, files=[code])
     code.write_text("a = 2")
-    assert first != fingerprint({"a": 1, "b": 2}, 3, files=[code])
+    assert first != content_hash({"a": 1, "b": 2}, 3, files=[code])
 
 
 @pytest.mark.parametrize("name", ["prostate", "pelvis", "brain"])

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
 import ants
 import numpy as np
 import pytest
@@ -14,6 +21,7 @@ from gridreg.spatial import warp
 from study.methods.pairwise import SyN
 from study.methods.syn import METRICS, syn
 
+ROOT = Path(__file__).parents[2]
 SHAPE = (33, 30, 27)
 OBLIQUE = np.eye(4)  # anisotropic, off-centre and left-handed, too
 OBLIQUE[:3, :3] = Rotation.from_euler("xyz", (12, -20, 9), degrees=True).as_matrix() @ np.diag((-1.0, 1.5, 2.2))
@@ -147,3 +155,41 @@ def test_a_failure_is_one_sentence(deformed, monkeypatch):
     monkeypatch.setattr(ants, "registration", fail)
     with pytest.raises(InputError, match="found no registration .*error code 1.*, expected images of the same"):
         syn(*deformed[:2])
+
+
+LIKE_A_KERNEL = """
+import math, os, signal, time
+from gridreg.scans.prepare import fresh_processes
+if __name__ == "__main__":
+    process = fresh_processes(1)
+    assert process.submit(math.sqrt, 4.0).result() == 2.0
+    signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+    os.killpg(0, signal.SIGINT)  # as Jupyter does before it ends a kernel
+    time.sleep(0.5)
+"""
+
+
+def test_the_end_of_a_notebook_leaves_no_traceback_of_the_other_process(tmp_path):
+    script = tmp_path / "kernel.py"
+    script.write_text(LIKE_A_KERNEL)
+    done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_a_process_that_was_ended_is_replaced(deformed):
+    fixed, moving = (torch.from_numpy(side)[None, None] for side in deformed[:2])
+    network = SyN(iterations=(2, 0, 0), affine_stage=False)
+    expected = network(fixed, moving).displacement
+    (pid,) = network.process._processes
+    os.kill(pid, signal.SIGINT)
+    with pytest.raises(BrokenProcessPool):
+        network(fixed, moving)
+    assert torch.equal(network(fixed, moving).displacement, expected)
+
+
+def test_the_other_process_needs_no_pytorch():
+    code = "import sys, study.methods.syn; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.stdout == "False\n", done.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,14 +17,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 from scipy import ndimage
 
+from gridreg import checkpoint
 from gridreg.checkpoint import load_model, read_tensors
 from gridreg.errors import InputError
 from gridreg.network import Registration
 from gridreg.scans.volumes import write_field_mm, write_volume
 from study.cohorts.dataset import Preprocessed
 from study.evaluation.evaluate import evaluate, load_run, summary
+from study.methods.table import build
 from study.training import train as training
 from study.training.devices import launch
 
@@ -57,7 +61,7 @@ def folder(tmp_path_factory) -> Path:
         field = np.broadcast_to(shift[:, None, None, None] * SPACING, (3, *SHAPE)).astype(np.float32)
         write_field_mm(folder / "truth" / f"{name}.nii.gz", field, affine)
         subjects[name] = {"split": split, "patient": name[:9], "label": True, "landmarks": False, "truth": True,
-                          "template": "blob"}  # fmt: skip
+                          "template": "blob", "to_source": np.eye(4).tolist()}  # fmt: skip
     names = list(subjects)
     pairs = {"train": [[a, b] for a in names[:16] for b in names[:16] if a != b], "val": [[names[16], names[17]]],
              "test": [[a, b] for a, b in zip(names[18:], names[19:])]}  # fmt: skip
@@ -107,7 +111,7 @@ import json, os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_train as t
-from gridreg import train as training
+from study.training import train as training
 save = training.State.save
 def save_then_hang(self):
     save(self)
@@ -121,7 +125,7 @@ t.run_training(Path({folder!r}), Path({out!r}), Path({scratch!r}))
 
 def test_killed_in_the_middle_it_ends_with_the_same_weights(folder, tmp_path):
     run_training(folder, tmp_path / "whole", tmp_path / "scratch")
-    script = KILLED.format(tests=str(ROOT / "tests"), folder=str(folder), out=str(tmp_path / "killed"),
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(tmp_path / "killed"),
                            scratch=str(tmp_path / "scratch"))  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
@@ -193,7 +197,7 @@ def test_an_environment_variable_that_makes_no_sense(monkeypatch, variable, valu
 def test_voxelmorph_takes_the_same_path(folder, tmp_path):
     run = {"method": "voxelmorph", "width": 4, "levels": 3}
     result = run_training(folder, tmp_path / "vxm", tmp_path / "scratch", run=run, settings=SETTINGS | {"steps": 2})
-    network, config = load_model(tmp_path / "vxm")
+    network, config = load_model(tmp_path / "vxm", build)
     assert config["grid"] is None and result["grid"] == ""
 
 
@@ -284,3 +288,51 @@ def test_changed_images_are_another_training(folder, tmp_path):
     write_volume(file, 0.5 * image.get_fdata(dtype=np.float32), image.affine)
     run_training(copy, None, tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
     assert len(list((tmp_path / "scratch").iterdir())) == 2
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from study.locks import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_training_of_a_run_stops_with_a_sentence_until_the_first_has_ended(folder, tmp_path, monkeypatch):
+    names = []
+
+    def stop(*arguments, **weights):
+        names.append(arguments[4].parent)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "optimise", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
+    arguments = [sys.executable, "-c", HOLDS, str(names[0])]
+    first = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(InputError, match=f"process {first.pid} on {socket.gethostname()}.*expected no other"):
+            run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=SETTINGS | {"steps": 1})
+        assert not (tmp_path / "out").exists()
+    finally:
+        first.kill()  # its lock file stays, and says nothing any more
+        first.wait()
+    assert run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=SETTINGS | {"steps": 1})["steps"] == 1
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_a_full_disk_ends_the_training_with_a_sentence_and_it_goes_on_afterwards(folder, tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(InputError, match=r"state.safetensors: cannot be written .*No space left on device"):
+            run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=SETTINGS | {"steps": 2})
+    assert not (tmp_path / "out").exists()
+    run_training(folder, tmp_path / "out", tmp_path / "scratch", settings=SETTINGS | {"steps": 2})
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -19,7 +19,9 @@ from study.benchmark.memory import MB, growth
 
 PARTS = ["encoder_s", "decoder_s", "upsampling_s", "warp_s"]
 REPEAT_SECONDS, REPEATS = 1.0, (3, 20)  # repeats fill the seconds, within these bounds
-WATCHED = 5  # calls whose memory is watched: the place of blocks, and with it the peak, differs from call to call
+MEMORY_REPEATS = (
+    5  # calls whose memory is watched: the place of blocks, and with it the peak, differs from call to call
+)
 
 # PyTorch counts the attention of GPUs, but not that of CPUs.
 ATTENTION = {
@@ -55,7 +57,7 @@ def timed(call: Callable[[], None], where: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def watched(call: Callable[[], None], where: torch.device) -> tuple[float, float, float]:
+def with_memory(call: Callable[[], None], where: torch.device) -> tuple[float, float, float]:
     """Seconds, extra MB and, on a GPU, all MB in use at the peak of one call."""
     if where.type != "cuda":
         with growth() as grown:
@@ -82,12 +84,14 @@ def cost(call: Callable[[], None], where: torch.device, slow: float = math.inf) 
     """
     counted: list[int] = []
     first = timed(lambda: counted.append(count(call)), where)
-    seconds, *memory = watched(call, where)
+    seconds, *memory = with_memory(call, where)
     if max(first, seconds) >= slow:
         return Cost(seconds, seconds, 1, *memory), counted[0]
     repeats = min(max(round(REPEAT_SECONDS / seconds), REPEATS[0]), REPEATS[1])
     times = [timed(call, where) for _ in range(repeats)]
-    memory = np.median([memory, *(watched(call, where)[1:] for _ in range(min(repeats, WATCHED) - 1))], axis=0).tolist()
+    memory = np.median(
+        [memory, *(with_memory(call, where)[1:] for _ in range(min(repeats, MEMORY_REPEATS) - 1))], axis=0
+    ).tolist()
     return Cost(float(np.median(times)), min(times), repeats, *memory), counted[0]
 
 

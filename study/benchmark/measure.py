@@ -29,7 +29,7 @@ from gridreg.errors import InputError
 from gridreg.network import GridReg
 from gridreg.spatial import Shape, warp
 from gridreg.upsampling import upsample
-from study.benchmark.cost import PARTS, bandwidth, cost, parts, state_mb, timed, watched
+from study.benchmark.cost import PARTS, bandwidth, cost, parts, state_mb, timed, with_memory
 from study.benchmark.memory import MB, available_mb, settle_allocator
 from study.benchmark.published import cost_grid, published
 from study.config.schema import UNTRAINED
@@ -40,13 +40,13 @@ COLUMNS = ["run", "method", "grid", "shape", "task", "batch", "seconds", "second
            "peak_mb", "parameters", "multiply_adds", "device", "threads", "note"]  # fmt: skip
 GRIDS = [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15)]
 RUNS = {"syn": "ants-syn"}  # methods that have another name in the tables
-OUTSIDE = {"ants-syn": "in a separate process, on one thread; its memory is not measured"}
+SEPARATE = {"ants-syn": "in a separate process, on one thread; its memory is not measured"}
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
            "bending-grid": losses.grid_bending_energy}  # fmt: skip
 SMALL = (32, 32, 32)  # the smallest image that all methods take; the first call of each
-PATIENCE = 5.0  # times ``limit_seconds`` for a method in a separate process, which is called only once
+SEPARATE_LIMIT = 5.0  # times ``limit_seconds`` for a method in a separate process, which is called only once
 SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is measured once
-SPARE = 0.8  # share of the available memory that a row may be expected to need
+USABLE_MEMORY = 0.8  # share of the available memory that a row may be expected to need
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def refusal(pace: tuple[float, float], job: Job, limit_seconds: float, where: to
     seconds, mb = (value * job.voxels for value in pace)
     if seconds > limit_seconds:
         return f"left out: about {seconds:.0f} s expected, the limit is {limit_seconds:g} s"
-    if where.type == "cpu" and mb > SPARE * available_mb():
+    if where.type == "cpu" and mb > USABLE_MEMORY * available_mb():
         return f"left out: about {mb / 1024:.1f} GB expected, {available_mb() / 1024:.1f} GB are free"
     return ""
 
@@ -173,8 +173,8 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
     except Exception as error:  # the reason why a peer cannot be built is its note
         yield from (job.row(note=reason(error)) for job in jobs)
         return
-    size, outside = parameter_count(network), OUTSIDE.get(RUNS.get(method, method))
-    longest = limit_seconds * (PATIENCE if outside else 1)
+    size, separate = parameter_count(network), SEPARATE.get(RUNS.get(method, method))
+    longest = limit_seconds * (SEPARATE_LIMIT if separate else 1)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-6) if size else None
 
     def call(job: Job) -> Callable[[], None]:
@@ -193,13 +193,13 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                 if pace is None:
                     small = Job(method, task, grid, SMALL, 1)
                     timed(call(small), where)
-                    seconds, mb, _ = watched(call(small), where)
+                    seconds, mb, _ = with_memory(call(small), where)
                     pace = seconds / small.voxels, mb / small.voxels
                 why = refusal(pace, job, longest, where)
                 if why:
                     yield row | {"note": why}
                     continue
-                if outside:  # its memory cannot be watched from this process
+                if separate:  # its memory cannot be watched from this process
                     seconds = timed(call(job), where)
                     pace = seconds / job.voxels, 0.0
                     iterations = ", ".join(map(str, published(run)["iterations"]))
@@ -207,7 +207,7 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                         "seconds": seconds,
                         "seconds_min": seconds,
                         "repeats": 1,
-                        "note": f"{iterations} iterations, {outside}",
+                        "note": f"{iterations} iterations, {separate}",
                     }
                     continue
                 result, row["multiply_adds"] = cost(call(job), where, limit_seconds / SLOW)
@@ -235,7 +235,7 @@ def measure(
     methods        names as in ``methods.table.build``, in their published size
     batches        pairs in a training step; none: training is not measured
     grids          control points, for GridReg
-    limit_seconds  a call that is expected to take longer is left out (for SyN: ``PATIENCE`` times as long)
+    limit_seconds  a call that is expected to take longer is left out (for SyN: ``SEPARATE_LIMIT`` times as long)
     variants       runs by name, each measured in its published size at the middle one of ``shapes`` (of two the smaller)
     settings       runs by method, measured instead of its defaults (``untrained_settings``)
 

@@ -26,7 +26,7 @@ FREE = (
     "drop_path",
     "tps_lambda",
 )  # settings of training, or without influence on the cost of a registration
-WORDS = {"width": "width", "levels": "levels", "embed": "embedding", "convolutions": "convolutions a level",
+SETTING_WORDS = {"width": "width", "levels": "levels", "embed": "embedding", "convolutions": "convolutions a level",
          "keypoints": "keypoints", "poolings": "poolings"}  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def reductions(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         own = {name: run.get(name, value) for name, value in full.items()}
         less = [name for name in full if own[name] != full[name]]
         if less:
-            values = ", ".join(f"{WORDS[name]} {own[name]}" for name in less)
+            values = ", ".join(f"{SETTING_WORDS[name]} {own[name]}" for name in less)
             said.append(
                 f"{run_label(run['method'])}: {values} (published {', '.join(str(full[name]) for name in less)})"
             )

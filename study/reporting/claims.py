@@ -91,10 +91,10 @@ def _finding(
     effect, low, high = difference(ours, theirs, metric)
     if not np.isfinite(effect):
         return []
-    return [Finding(words, metric, effect, low, high, METRICS[metric].unit, judged(low, high, *wanted))]
+    return [Finding(words, metric, effect, low, high, METRICS[metric].unit, judge(low, high, *wanted))]
 
 
-def judged(low: float, high: float, least: float, most: float) -> bool | None:
+def judge(low: float, high: float, least: float, most: float) -> bool | None:
     """The rule: whether the whole interval lies between ``least`` and ``most``; None where it straddles one of them."""
     if least < low and high < most:
         return True

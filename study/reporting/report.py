@@ -26,7 +26,7 @@ from study.reporting.results import METRICS, grid_label, run_label
 
 TABLES = ("table1", "table2", "table3", "table4")
 FIGURES = (*(f"figure{number}" for number in range(1, 9)), "oracle", "calibration", "benchmark")
-WIDEST = 1500  # pixels of a figure in the report
+MAX_PIXELS = 1500  # pixels of a figure in the report
 ANSWERS = {True: "yes", False: "no", None: "undecided"}
 CALIBRATION = {  # column of calibration.csv → its head and format
     "dataset": ("Dataset", "{}"), "grid": ("Grid", "{}"), "propagation": ("Control points", "{}"), "scaling": ("σ", "{}"),
@@ -40,7 +40,7 @@ CALIBRATION = {  # column of calibration.csv → its head and format
 
 def report(
     folder: Path | str, claims: Sequence[Claim], pairs: str, indexes: Mapping[str, Mapping[str, Any]],
-    skipped: Mapping[str, str], facts: Mapping[str, str], blind: Sequence[str] = (),
+    skipped: Mapping[str, str], facts: Mapping[str, str], unmeasured: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The page as text; InputError where a table, a figure or a caption is missing.
 
@@ -49,17 +49,17 @@ def report(
     indexes  dataset → its ``index.json``
     skipped  dataset without results → the reason
     facts    ``provenance.made_with``
-    blind    datasets of which accuracy was not measured (``results.without_accuracy``)
+    unmeasured    datasets of which accuracy was not measured (``results.without_accuracy``)
     """
     folder = Path(folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"effect": effect, "extremes": extremes, "answer": lambda finding: ANSWERS[finding.holds],
+    environment.filters |= {"sentence": sentence, "effect": effect, "extremes": extremes, "answer": lambda finding: ANSWERS[finding.holds],
                             "metric_label": lambda metric: METRICS[metric].label}  # fmt: skip
     tables, common = tables_as_html(folder)
     return environment.get_template("report.html.jinja").render(
-        summary=summary(claims, indexes, skipped, blind), claims=claims, margin=f"{MARGIN:g}", pairs=pairs, tables=tables,
+        summary=summary(claims, indexes, skipped, unmeasured), claims=claims, margin=f"{MARGIN:g}", pairs=pairs, tables=tables,
         common=common, calibration=calibration(folder / "calibration.csv"), facts=facts,
         figures=[_figure(folder, name) for name in FIGURES],
     )  # fmt: skip
@@ -69,7 +69,7 @@ def summary(
     claims: Sequence[Claim],
     indexes: Mapping[str, Mapping[str, Any]],
     skipped: Mapping[str, str],
-    blind: Sequence[str] = (),
+    unmeasured: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """The first screen: head → its items. What holds, what does not, what is undecided, and what was not tested."""
     heads = {"holds here": "Holds", "holds in part": "Holds in part", "does not hold here": "Does not hold",
@@ -84,15 +84,21 @@ def summary(
     simulated = [name for name, index in indexes.items() if index["simulated"]]
     real = [name for name in indexes if name not in simulated]
     untested = [claim.title for claim in claims if not claim.findings]
-    untested += [f"the accuracy on {name}, which has no labels, landmarks or known deformation" for name in blind]
+    untested += [f"the accuracy on {name}, which has no labels, landmarks or known deformation" for name in unmeasured]
     if simulated and not real:
-        untested.append("patients: a verdict on simulated cohorts does not say what holds in patients")
+        untested.append("patients, because all cohorts are simulated")
     untested.append(f"equivalence, other than in Dice within ±{MARGIN:g}")
     cohorts = [f"simulated, not patients: {', '.join(simulated)}"] * bool(simulated) + [
         f"real scans: {', '.join(real)}"
     ] * bool(real)
     cohorts += [f"skipped: {name} ({why.rstrip('.')})" for name, why in skipped.items()]
     return found | {"Not tested": untested, "Cohorts": cohorts}
+
+
+def sentence(items: Sequence[str]) -> str:
+    """``a``, ``b`` → ``A; b.``"""
+    text = "; ".join(items) or "none"
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def extremes(claim: Claim) -> list[tuple[str, list[tuple[Finding, str]]]]:
@@ -185,7 +191,7 @@ def _figure(folder: Path, name: str) -> dict[str, str]:
         raise InputError(f"{path}: not found, expected a figure of the pipeline")
     caption = _read(folder / f"{name}.txt").strip()
     picture = Image.open(path).convert("RGB")
-    picture.thumbnail((WIDEST, 10 * WIDEST), Image.Resampling.LANCZOS)
+    picture.thumbnail((MAX_PIXELS, 10 * MAX_PIXELS), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, "WEBP", quality=85)
     number = f"Figure {name.removeprefix('figure')}." if name.startswith("figure") else ""

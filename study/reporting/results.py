@@ -78,7 +78,7 @@ RUN_LABELS = {
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
 _NUMBERS = ["dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm", "logdet_mean", "logdet_std",
             "folding_percent", "nondiffeomorphic_percent", "labels_lost", "landmarks_missing", "seconds", "peak_mb"]  # fmt: skip
-_MAY_LACK = SIMILARITY  # files of earlier versions do not have them
+_OPTIONAL = SIMILARITY  # files of earlier versions do not have them
 
 
 def run_label(run: str) -> str:
@@ -148,8 +148,8 @@ def _read_one(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: no column {', '.join(missing)}, expected {', '.join(wanted)}")
     if frame.empty:
         raise InputError(f"{path}: no case in it, expected one row per test pair")
-    frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *_MAY_LACK])), fill_value="")
-    for column in [*_NUMBERS, *_MAY_LACK]:
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *_OPTIONAL])), fill_value="")
+    for column in [*_NUMBERS, *_OPTIONAL]:
         values = frame[column].str.strip().replace({"": "nan"})
         numbers = pd.to_numeric(values, errors="coerce").astype(float)
         wrong = values[numbers.isna() & (values.str.lower() != "nan")]
@@ -203,7 +203,7 @@ def read_ablations(folder: Path | str, names: Iterable[str]) -> tuple[pd.DataFra
     names = list(names)
     if names:
         return read_results(folder, ["ablation"], names)
-    return pd.DataFrame(columns=[*_TEXT, "chosen", *_NUMBERS, *_MAY_LACK]), read_costs([])
+    return pd.DataFrame(columns=[*_TEXT, "chosen", *_NUMBERS, *_OPTIONAL]), read_costs([])
 
 
 def without_accuracy(cases: pd.DataFrame) -> list[str]:

@@ -158,15 +158,17 @@ def table1(
     for dataset in datasets:
         if "simulated" not in indexes.get(dataset, {}):
             raise InputError(f"index.json of {dataset}: no key 'simulated', expected true or false")
-    blind = without_accuracy(cases)
+    unmeasured = without_accuracy(cases)
     summary = summarise(cases)
-    if blind:
-        summary = pd.concat([summary, summarise(cases[cases["dataset"].isin(blind)], SIMILARITY)], ignore_index=True)
+    if unmeasured:
+        summary = pd.concat(
+            [summary, summarise(cases[cases["dataset"].isin(unmeasured)], SIMILARITY)], ignore_index=True
+        )
     keys = ["dataset", "metric", "run"]
     tests = compare(cases, test=test)[[*keys, "p", "q", "test", "sides"]]
     rows = [summary.merge(tests, on=keys, how="left"), _costs(cases, costs)]
     tidy = pd.concat([part for part in rows if len(part)], ignore_index=True)
-    tidy = _complete(tidy, datasets, indexes, blind)
+    tidy = _complete(tidy, datasets, indexes, unmeasured)
     missing = [
         {"dataset": name, "dataset_label": dataset_label(name, False), "metric": SKIPPED, "note": reason}
         for name, reason in sorted(skipped.items())
@@ -188,7 +190,7 @@ def _costs(cases: pd.DataFrame, costs: Costs) -> pd.DataFrame:
 
 
 def _complete(
-    tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[str, Any]], blind: list[str]
+    tidy: pd.DataFrame, datasets: list[str], indexes: dict[str, dict[str, Any]], unmeasured: list[str]
 ) -> pd.DataFrame:
     """Labels, the paper's values, the best of each row, and the order of the printed table."""
     simulated = {name: bool(indexes[name]["simulated"]) for name in datasets}
@@ -200,7 +202,7 @@ def _complete(
     tidy["method_label"] = tidy["method"].map(run_label)
     tidy["n"] = tidy["n"].astype("Int64")  # nullable integers: a skipped dataset has none
     tidy["failures"] = tidy["failures"].fillna(0).astype("Int64")
-    tidy["note"] = tidy["dataset"].map(dict.fromkeys(blind, "accuracy not measured"))
+    tidy["note"] = tidy["dataset"].map(dict.fromkeys(unmeasured, "accuracy not measured"))
     printed = [
         facing_text("" if row.dataset == ALL else row.dataset, row.metric, row.method) for row in tidy.itertuples()
     ]
@@ -228,9 +230,9 @@ def _table1_notes(
     notes, reference = [], run_label(REFERENCE)
     if any(index["simulated"] for name, index in indexes.items() if name in set(cases["dataset"])):
         notes.append(SIMULATED)
-    blind = without_accuracy(cases)
-    if blind:
-        names = [dataset_label(name, bool(indexes[name]["simulated"])) for name in blind]
+    unmeasured = without_accuracy(cases)
+    if unmeasured:
+        names = [dataset_label(name, bool(indexes[name]["simulated"])) for name in unmeasured]
         notes.append(NO_ACCURACY.format(names="; ".join(names)))
     notes.append(setting_in_words(setting))
     if refined_name(REFERENCE) in set(cases["run"]):

@@ -97,14 +97,14 @@ def test_every_call_is_warmed_up_and_a_slow_one_measured_once():
     calls = Counter()
     slow, _ = cost.cost(lambda: calls.update(["slow"]), CPU, slow=0)
     quick, _ = cost.cost(lambda: calls.update(["quick"]), CPU)
-    assert calls == {"slow": 2, "quick": 1 + cost.REPEATS[1] + cost.WATCHED}
+    assert calls == {"slow": 2, "quick": 1 + cost.REPEATS[1] + cost.MEMORY_REPEATS}
     assert (slow.repeats, quick.repeats) == (1, cost.REPEATS[1])
     assert 0 < quick.seconds_min <= quick.seconds
 
 
 def test_memory_is_the_median_of_several_calls(monkeypatch):
     found = iter([300.0, 100.0, 110.0, 120.0, 500.0])
-    monkeypatch.setattr(cost, "watched", lambda call, where: (cost.timed(call, where), next(found), np.nan))
+    monkeypatch.setattr(cost, "with_memory", lambda call, where: (cost.timed(call, where), next(found), np.nan))
     assert cost.cost(lambda: None, CPU)[0].memory_mb == 120
 
 

@@ -52,7 +52,7 @@ def test_a_mean_outside_the_margin_is_no_proof():
 @pytest.mark.parametrize("low, high, answer", [(-0.01, 0.01, True), (-0.03, 0.01, None), (-0.03, 0.03, None), (0.01, 0.03, None),
                                                (0.021, 0.03, False), (-0.5, -0.021, False), (np.nan, np.nan, None)])  # fmt: skip
 def test_one_rule_judges_an_interval(low, high, answer):
-    assert module.judged(low, high, -0.02, 0.02) is answer
+    assert module.judge(low, high, -0.02, 0.02) is answer
 
 
 def test_a_patient_counts_once_however_many_pairs():

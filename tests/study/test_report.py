@@ -52,7 +52,7 @@ def test_the_page_stands_alone_and_names_what_is_simulated(folder):
     page = page_of(folder, skipped={"lumir": "its folder <was> not found"}, facts={"Seed": "1 & 2"})
     assert page.count("data:image/webp") == len(FIGURES) and page.count("<table>") >= len(TABLES) + 2
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
-    assert "simulated, not patients: prostate" in page and "skipped: lumir (its folder &lt;was&gt; not found)" in page
+    assert "<dd>Simulated, not patients: prostate; skipped: lumir (its folder &lt;was&gt; not found).</dd>" in page
     assert "1 &amp; 2" in page and '<td class="below">q</td>' in page
     for claim in FOUND[1:]:
         assert claim.title in page and claim.verdict in page

@@ -18,7 +18,7 @@ from gridreg.explorer.style import FIXED_COLOUR, MAGNITUDE, OTHERS, styled
 from study.reporting.figures.style import PAGE, SMALL, letter, origin, save_figure
 
 MARKERS = "o^s"
-APART = 0.22  # distance of the lines of two bending weights, in steps of the grid axis: keeps their bars apart
+LINE_OFFSET = 0.22  # distance of the lines of two bending weights, in steps of the grid axis: keeps their bars apart
 
 
 def figure1(
@@ -51,7 +51,7 @@ def figure1(
                 for line, (weight, tint, marker) in enumerate(zip(weights, OTHERS, MARKERS)):
                     rows = frame[(frame["condition"] == name) & (frame["bending_weight"] == weight)]
                     errors = rows.groupby("grid")[part].agg(["mean", "std"]).reindex(grids)
-                    x = np.arange(len(grids)) + APART * (line - (len(weights) - 1) / 2)
+                    x = np.arange(len(grids)) + LINE_OFFSET * (line - (len(weights) - 1) / 2)
                     ax.errorbar(x, errors["mean"], errors["std"].fillna(0), color=tint, marker=marker, ms=3, lw=1.0,
                                 elinewidth=0.7, capsize=1.2, label=_times(weight / weights[0]))  # fmt: skip
                 ax.grid(axis="y", color="#E5E5E5", lw=0.5, zorder=0)

@@ -96,7 +96,7 @@ def figure8(
         )
         main.legend(handles=handles, loc="outside upper center", ncols=1 if len(datasets) == 1 else 3)
     simulated = any(bool(indexes[dataset]["simulated"]) for dataset in datasets)
-    blind = [name for name in without_accuracy(cases) if name in datasets]
+    unmeasured = [name for name in without_accuracy(cases) if name in datasets]
     save_figure(
         figure, path,
         "Bending weight and grid size." if bending else "Grid size.", origin(simulated),
@@ -106,7 +106,7 @@ def figure8(
         "The other rows compare one model trained for each grid with one adaptive model for all grids.",
         "p, below each grid: two-sided paired t-test between the two, pair by pair, not corrected. A large p means no "
         f"significant difference; equivalence was not tested. {FIGURE8_TEXT}",
-        f"Accuracy was not measured on {', '.join(blind)}; the correlation of the images does not replace it." if blind else "",
+        f"Accuracy was not measured on {', '.join(unmeasured)}; the correlation of the images does not replace it." if unmeasured else "",
         note,
     )  # fmt: skip
     return figure

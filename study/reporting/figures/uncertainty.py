@@ -21,7 +21,7 @@ from study.reporting.figures.style import PAGE, SMALL, letter, letter_panels, or
 from study.reporting.paper_numbers import PAPER_DATASETS
 from study.reporting.results import dataset_label, in_order
 
-SHOWN, NEAR_MM = 99.5, 15.0  # colours end at this percentile, in the mask and so many mm around it
+TOP_PERCENTILE, NEAR_MM = 99.5, 15.0  # colours end at this percentile, in the mask and so many mm around it
 LEVELS = np.linspace(0.01, 0.99, 99)
 _MARKERS = "os"
 
@@ -46,7 +46,9 @@ def figure7(path: Path | str, cases: Sequence[Mapping[str, Any]], simulated: boo
                 show_contour(ax, case[f"{side}_labels"], "axial", index, colour)
             maps = (case["sigma_mm"], case["error_mm"])
             near = _near(case["fixed_labels"], case["spacing_mm"], case["fixed"].shape)
-            top = max(np.percentile(known, SHOWN) for known in (m[near & np.isfinite(m)] for m in maps) if known.size)
+            top = max(
+                np.percentile(known, TOP_PERCENTILE) for known in (m[near & np.isfinite(m)] for m in maps) if known.size
+            )
             for ax, values in zip(row[2:], maps):
                 if not (near & np.isfinite(values)).any():
                     ax.set_axis_off()

@@ -13,20 +13,20 @@ from itertools import combinations_with_replacement
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from gridreg.spatial import Shape, as_shape, check_volume, voxel_coordinates, warp
+from gridreg import fast
+from gridreg.spatial import Shape, as_shape, check_volume, warp
 from gridreg.upsampling import apply_along_axes, basis
 
-NOISE = 0.02  # of images in [0, 1]: a residual below it says nothing about the displacement
-WIDEST = 0.1  # standard deviation, in image widths, of a displacement about which the image says nothing
-LAMBDA0 = 1.0  # of equation 2, for which the paper has no number: with 1 the best σ̂² is the squared displacement itself
-FLAT = 1e-4  # of the variance of an image: windows with less hold nothing to correlate
-BINS = 23  # of a histogram, along each axis
-FEW_LABELS = 8  # up to here, a mask for each is the faster way to their Dice
+RESIDUAL_NOISE = 0.02  # of images in [0, 1]; a smaller residual tells nothing about the displacement
+LARGEST_SIGMA = 0.1  # of a displacement, in image widths, where the image has no gradient
+LAMBDA_0 = 1.0  # of equation 2; the paper gives no number. With 1 the best σ̂² is the squared displacement itself
+FLAT_VARIANCE = 1e-4  # of the variance of an image: windows with less hold no structure to correlate
+MI_BINS = 23  # of the histogram of mutual information, along each axis
+FEW_LABELS = 8  # up to this number, ``label_dice_loss`` is faster with a mask for each label
 
 
-def mse(fixed: Tensor, warped: Tensor) -> Tensor:
+def mse_loss(fixed: Tensor, warped: Tensor) -> Tensor:
     """Mean squared error of two (B, 1, ...) intensity tensors: a scalar."""
     return (fixed - warped).square().mean()
 
@@ -38,7 +38,7 @@ def _standardised(image: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve a training too
+@torch.inference_mode(False)  # what is cached must serve a training too
 def _window_means(n: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(n, n) weights of the mean over those of ``window`` voxels around each voxel that lie inside the image."""
     place = torch.arange(n, dtype=torch.float64)
@@ -46,23 +46,24 @@ def _window_means(n: int, window: int, device: torch.device, dtype: torch.dtype)
     return (inside / inside.sum(1, keepdim=True)).to(device, dtype)
 
 
-def ncc(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
+def ncc_loss(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
     """Minus the squared local normalised cross-correlation of two (B, 1, W, H, D) images: a scalar in [-1, 0].
 
-    Mean over every voxel of cov² / (var var) in the cube of ``window`` (odd) voxels around it; at the border, in the part
-    of the cube that lies inside. Blind to gain, bias and contrast that change slowly, which the MSE is not. A cube of less
-    variance than ``FLAT`` of the whole image's counts as flat and tends to 0: there is only noise to correlate.
+    Mean over all voxels of cov² / (var · var) in the cube of ``window`` (odd) voxels around each; at the border, in the
+    part of the cube that lies inside the image. It ignores gain, bias and slow changes of contrast, which the MSE does
+    not. A cube with less variance than ``FLAT_VARIANCE`` of the whole image's counts as flat, and its score tends to 0:
+    it holds only noise to correlate.
     """
     fixed, warped = _standardised(fixed), _standardised(warped)
     means = [_window_means(n, window, fixed.device, fixed.dtype) for n in fixed.shape[2:]]
     products = [fixed, warped, fixed * fixed, warped * warped, fixed * warped]
     f, w, ff, ww, fw = apply_along_axes(torch.cat(products, dim=1), means).unbind(1)
-    variances = [(square - mean * mean).clamp(min=0) + FLAT for mean, square in ((f, ff), (w, ww))]
+    variances = [(square - mean * mean).clamp(min=0) + FLAT_VARIANCE for mean, square in ((f, ff), (w, ww))]
     return -((fw - f * w).square() / (variances[0] * variances[1])).mean()
 
 
-def global_ncc(fixed: Tensor, warped: Tensor) -> Tensor:
-    """Minus the squared correlation of all values of two (B, 1, ...) volumes, mean over the cases: in [-1, 0]."""
+def global_ncc_loss(fixed: Tensor, warped: Tensor) -> Tensor:
+    """Minus the squared correlation of all values of two (B, 1, W, H, D) tensors, mean over the cases: in [-1, 0]."""
     return -(_standardised(fixed) * _standardised(warped)).mean((1, 2, 3, 4)).square().mean()
 
 
@@ -74,63 +75,25 @@ def _mutual_information(bins: int):
     return GlobalMutualInformationLoss(num_bins=bins)
 
 
-def mutual_information(fixed: Tensor, warped: Tensor, bins: int = BINS) -> Tensor:
+def mi_loss(fixed: Tensor, warped: Tensor, bins: int = MI_BINS) -> Tensor:
     """Minus the mutual information of two (B, 1, ...) images in [0, 1]: a scalar, in nats.
 
-    From a joint histogram with Gaussian Parzen windows. Blind to any one-to-one change of contrast, so fit for images
-    of different kinds; it needs ``bins`` numbers a voxel.
+    From a joint histogram with Gaussian Parzen windows (MONAI). It ignores any one-to-one change of contrast, and so
+    suits images of different kinds. It needs memory for ``bins`` numbers a voxel.
     """
     return _mutual_information(bins)(warped, fixed)
 
 
-def coarse_mutual_information(fixed: Tensor, warped: Tensor) -> Tensor:
-    """``mutual_information`` of few values, of control points: with 5 of them to a bin of the joint histogram, or more.
+def coarse_mi_loss(fixed: Tensor, warped: Tensor) -> Tensor:
+    """``mi_loss`` of the few values at control points: with at least 5 of them to a bin of the joint histogram.
 
-    With fewer, any two images seem to know of each other.
+    With fewer, any two images seem to share information.
     """
-    return mutual_information(fixed, warped, min(max(math.isqrt(fixed[0].numel() // 5), 2), BINS))
+    return mi_loss(fixed, warped, min(max(math.isqrt(fixed[0].numel() // 5), 2), MI_BINS))
 
 
-SIMILARITIES = {"mse": mse, "ncc": ncc, "mi": mutual_information}
-AT_CONTROL_POINTS = {"mse": mse, "ncc": global_ncc, "mi": coarse_mutual_information}  # these have no neighbourhood
-
-
-def similarity(name: str, fixed: Tensor, warped: Tensor, grid_size: Shape | None = None) -> Tensor:
-    """L_sim without uncertainty: at image level, and at the control points where there are any: a scalar.
-
-    name ``SIMILARITIES``; fixed, warped (B, 1, W, H, D) in [0, 1]. Both levels are of one kind: where contrasts differ, a
-    squared difference is wrong at either.
-    """
-    total = SIMILARITIES[name](fixed, warped)
-    if grid_size is None:
-        return total
-    return total + AT_CONTROL_POINTS[name](*(at_control_points(volume, grid_size) for volume in (fixed, warped)))
-
-
-def information(fixed: Tensor, window: int = 5) -> Tensor:
-    """What an image tells of a displacement: its squared gradient, mean over a cube of ``window`` voxels.
-
-    fixed (B, 1, W, H, D); returns the same shape, squared intensity per squared voxel.
-    """
-    gradients = torch.stack(torch.gradient(fixed[:, 0], dim=(1, 2, 3)), dim=1)
-    return F.avg_pool3d(gradients.square().sum(1, keepdim=True), window, 1, window // 2, count_include_pad=False)
-
-
-def uncertainty(fixed: Tensor, warped: Tensor, told: Tensor, variance: Tensor, widest: Tensor) -> Tensor:
-    """L_unc of one Monte-Carlo sample: mean of Sim / σ̂² + λ0 log σ̂² (paper, equation 2): a scalar.
-
-    fixed, warped  (B, 1, W, H, D) intensities in [0, 1]
-    told           (B, 1, W, H, D) ``information`` of the fixed image
-    variance       (B, 3, W, H, D) σ̂², squared voxels
-    widest         (3, 1, 1, 1) σ in voxels where the image tells nothing
-
-    Sim is the squared residual over the squared gradient: the squared displacement, in voxels, that the residual
-    amounts to. Both terms of (2) then have one unit, and its minimum over σ̂² is that squared displacement: large where
-    the image is flat. With intensities in place of it, the minimum would be the residual, which is smallest in flat
-    regions, where least is known.
-    """
-    squared = ((fixed - warped).square() + NOISE**2) / (told + NOISE**2 / widest**2)
-    return (squared / variance + LAMBDA0 * variance.log()).mean()
+SIMILARITIES = {"mse": mse_loss, "ncc": ncc_loss, "mi": mi_loss}
+GRID_SIMILARITIES = {"mse": mse_loss, "ncc": global_ncc_loss, "mi": coarse_mi_loss}  # control points have no window
 
 
 def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
@@ -139,64 +102,74 @@ def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
     return apply_along_axes(volume, matrices)
 
 
-def dice(fixed: Tensor, warped: Tensor) -> Tensor:
-    """L_DSC = 1 - 2 Σ s_fix s_mov∘T / (Σ s_fix + Σ s_mov∘T): a scalar, mean over the structures that are there.
+def similarity_loss(name: str, fixed: Tensor, warped: Tensor, grid_size: Shape | None = None) -> Tensor:
+    """L_sim without uncertainty: at image level and, with a grid, at the control points (paper, section 3.3): a scalar.
 
-    fixed, warped (B, K, W, H, D) soft masks in [0, 1], one channel a structure. A structure absent from both says
-    nothing and is left out.
+    name           one of ``SIMILARITIES``, for both levels: where contrasts differ, a squared difference is wrong at either
+    fixed, warped  (B, 1, W, H, D) in [0, 1]
+    grid_size      of the control points; None for methods without a grid
+
+    KeyError on another name.
     """
-    overlap = (fixed * warped).sum((2, 3, 4))
-    total = fixed.sum((2, 3, 4)) + warped.sum((2, 3, 4))
+    total = SIMILARITIES[name](fixed, warped)
+    if grid_size is None:
+        return total
+    return total + GRID_SIMILARITIES[name](*(at_control_points(volume, grid_size) for volume in (fixed, warped)))
+
+
+def gradient_energy(fixed: Tensor, window: int = 5) -> Tensor:
+    """Squared gradient of an image, mean over a cube of ``window`` voxels: where it is small, no displacement shows.
+
+    fixed (B, 1, W, H, D); returns the same shape, squared intensity per squared voxel.
+    """
+    gradients = torch.stack(torch.gradient(fixed[:, 0], dim=(1, 2, 3)), dim=1)
+    return F.avg_pool3d(gradients.square().sum(1, keepdim=True), window, 1, window // 2, count_include_pad=False)
+
+
+def uncertainty_loss(fixed: Tensor, warped: Tensor, energy: Tensor, variance: Tensor, largest_sigma: Tensor) -> Tensor:
+    """L_unc of one Monte-Carlo sample: mean of Sim / σ̂² + λ0 log σ̂² (paper, equation 2): a scalar.
+
+    fixed, warped  (B, 1, W, H, D) intensities in [0, 1]
+    energy         (B, 1, W, H, D) ``gradient_energy`` of the fixed image
+    variance       (B, 3, W, H, D) σ̂², squared voxels
+    largest_sigma  (3, 1, 1, 1) σ in voxels where the image has no gradient
+
+    Sim is the squared residual over the squared gradient: the squared displacement, in voxels, that the residual
+    amounts to. Both terms of (2) then have one unit, and the minimum over σ̂² is that squared displacement: large where
+    the image is flat. If Sim were the squared residual of intensities, the minimum would be smallest in flat regions,
+    where the image determines the displacement least.
+    """
+    squared = ((fixed - warped).square() + RESIDUAL_NOISE**2) / (energy + RESIDUAL_NOISE**2 / largest_sigma**2)
+    return (squared / variance + LAMBDA_0 * variance.log()).mean()
+
+
+def _dice_of_sums(overlap: Tensor, total: Tensor) -> Tensor:
+    """1 - 2 overlap / total, mean over the structures (B, K) that exist; 0 if none does."""
     present = total > 0
     return 1 - (2 * overlap[present] / total[present]).mean() if present.any() else total.sum() * 0
 
 
-def label_dice(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> Tensor:
-    """``dice`` of the masks of ``values``, those of the moving map warped linearly: the same number, a scalar.
+def dice_loss(fixed: Tensor, warped: Tensor) -> Tensor:
+    """L_DSC = 1 - 2 Σ s_fix s_mov∘T / (Σ s_fix + Σ s_mov∘T), mean over structures (paper, section 3.3): a scalar.
 
-    fixed, moving (B, 1, W, H, D) label maps of any integer type, displacement (B, 3, W, H, D) in voxels.
-
-    Beyond ``FEW_LABELS`` no mask is formed, so that time and memory do not grow with the number of labels.
+    fixed, warped (B, K, W, H, D) soft masks in [0, 1], one channel a structure. A structure absent from both images is
+    left out.
     """
-    if len(values) > FEW_LABELS:
-        return _dice_without_masks(fixed, moving, displacement, values)
+    overlap = (fixed * warped).sum((2, 3, 4))
+    return _dice_of_sums(overlap, fixed.sum((2, 3, 4)) + warped.sum((2, 3, 4)))
+
+
+def label_dice_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> Tensor:
+    """``dice_loss`` of the masks of ``values``, those of the moving map warped linearly: a scalar.
+
+    fixed, moving  (B, 1, W, H, D) label maps of any integer type
+    displacement   (B, 3, W, H, D) in voxels
+    values         the labels that count
+    """
+    if len(values) > FEW_LABELS and fast.used("labels"):
+        return _dice_of_sums(*fast.label_sums(fixed, moving, displacement, values)).to(displacement.dtype)
     masks = [torch.cat([labels == v for v in values], dim=1).to(displacement.dtype) for labels in (fixed, moving)]
-    return dice(masks[0], warp(masks[1], displacement))
-
-
-def _dice_without_masks(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> Tensor:
-    """``label_dice``: each voxel reads the labels of the eight moving voxels around the point it is sent to, whose
-    interpolation weights are summed by label, in float64: in float32 a sum of millions no longer sees one more.
-    """
-    batch, labels = fixed.shape[0], len(values) + 1  # number 0 is everything that is not in values
-    size = torch.tensor(moving.shape[2:], device=fixed.device)
-    table = torch.zeros(int(max(fixed.max(), moving.max(), *values)) + 1, dtype=torch.long, device=fixed.device)
-    table[values] = torch.arange(1, labels, device=fixed.device)
-    offset = torch.arange(batch, device=fixed.device)[:, None] * labels
-    fixed = table[fixed.flatten(1).long()] + offset  # (B, N), a number for each label of each case
-    moving = table[moving.flatten(1).long()] + offset
-    last = (size - 1).view(3, 1)
-    point = voxel_coordinates(tuple(displacement.shape[2:]), fixed.device) + displacement
-    point = point.flatten(2).nan_to_num().clamp(min=torch.zeros_like(last), max=last)  # (B, 3, N)
-    low = point.detach().floor().long().clamp(max=(last - 1).clamp(min=0))
-
-    def read(corner: Tensor, point: Tensor) -> Tensor:
-        """(B · labels, 2) what one of the eight neighbours adds to the overlap and to the sum of each warped mask."""
-        x, y, z = torch.minimum(low + corner, last).unbind(1)
-        found = moving.gather(1, (x * size[1] + y) * size[2] + z)
-        share = point - low  # of the upper neighbour, along each axis
-        weight = torch.where(corner.bool(), share, 1 - share).prod(1).double()
-        of_both = torch.stack([weight * (found == fixed), weight], dim=-1).flatten(0, 1)
-        return weight.new_zeros(batch * labels, 2).index_add(0, found.flatten(), of_both)
-
-    corners = torch.cartesian_prod(*[torch.arange(2, device=fixed.device)] * 3).view(8, 3, 1)
-    sums = sum(checkpoint(read, corner, point, use_reentrant=False) for corner in corners)  # one in memory at a time
-    overlap, total = sums.unbind(1)
-    total = total + torch.bincount(fixed.flatten(), minlength=batch * labels)
-    total, overlap = (t.view(batch, labels)[:, 1:] for t in (total, overlap))
-    present = total > 0
-    loss = 1 - (2 * overlap[present] / total[present]).mean() if present.any() else total.sum() * 0
-    return loss.to(displacement.dtype)
+    return dice_loss(masks[0], warp(masks[1], displacement))
 
 
 def _difference(n: int, order: int) -> Tensor:

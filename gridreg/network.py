@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gridreg.attention import CHANNELS, CrossAttention, grid_encoding, readers, windows
+from gridreg import fast
+from gridreg.attention import CHANNELS, HEADS, CrossAttention, grid_encoding, neighbourhoods, readers
 from gridreg.spatial import Shape, check_grid_size, check_volume
 from gridreg.upsampling import METHODS, apply_channels_last, basis, bounded, upsample
 
 WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # encoder widths in base channels; they give the paper's parameter count
 STRIDED_LAYERS = 4  # later layers keep the resolution
 LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
-LOG_VARIANCE = (-14.0, 0.0)  # σ lies between a thousandth of half the image and half the image
+LOG_VARIANCE_RANGE = (-14.0, 0.0)  # σ lies between a thousandth of half the image and half the image
 
 
 @dataclass
@@ -90,10 +91,16 @@ class DecoderLevel(nn.Module):
             y = self.attention(queries, tokens[:, None])
         else:
             read = readers(shape, grid_size, *where)
+            if fast.used("attention"):
+                read[2] = fast.by_window(read[2], grid_size[2])
             through = [matrix @ basis(n, g, "trilinear", *where) for matrix, n, g in zip(read, shape, carried_grid)]
             pair = (tokens.unflatten(1, shape), read), (carried.unflatten(1, carried_grid), through)
             tokens = torch.cat([apply_channels_last(*each) for each in pair], dim=-1)  # Ŷ = [P, Y]
-            y = torch.cat([self.attention(queries[some], *seen) for some, *seen in windows(tokens, grid_size)], dim=1)
+            if fast.used("attention"):
+                windows = fast.windows(tokens, grid_size, HEADS)
+                y = torch.cat([self.attention(queries[points], *seen) for points, *seen in windows], dim=1)
+            else:
+                y = self.attention(queries, neighbourhoods(tokens, grid_size))
             y = y + resize(carried, carried_grid, grid_size)
         return y + self.mlp(self.norm(y))
 
@@ -106,7 +113,7 @@ class GridReg(nn.Module):
     bayesian       predict a standard deviation per control point too (paper, section 3.2)
     upsampling     "trilinear", "bspline" or "deconv" (paper, section 3.2)
     projector      False feeds the coarsest level alone to the decoder (Table 3, config 5)
-    fold_free      bound the control points so that the field cannot fold (``fold_free``); "bspline" only
+    fold_free      bound the control points so that the field cannot fold (``upsampling.bounded``); "bspline" only
     """
 
     def __init__(
@@ -169,6 +176,6 @@ class GridReg(nn.Module):
                 control_points = bounded(control_points, shape)
             sigma = None
             if self.log_variance is not None:
-                log_variance = self.log_variance(y).transpose(1, 2).clamp(*LOG_VARIANCE)
+                log_variance = self.log_variance(y).transpose(1, 2).clamp(*LOG_VARIANCE_RANGE)
                 sigma = ((log_variance / 2).exp() * half).unflatten(2, grid_size)
         return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)

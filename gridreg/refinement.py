@@ -1,4 +1,6 @@
-"""Instance refinement: a few dozen steps of optimisation of one pair's predicted control points.
+"""Instance refinement: a few dozen steps of optimisation of one pair's predicted control points c:
+
+    min over c of  L_sim(fixed, moving(x + c↑(x))) + λ L_bend(c)
 
 An option after any network that has control points, without labels: the losses are the unsupervised ones of training
 (paper, section 3.3). The network is not needed, and its weights are not touched.
@@ -17,8 +19,8 @@ from gridreg.spatial import Shape, check_volume, warp
 from gridreg.upsampling import displacement_bound, upsample
 
 LEARNING_RATE = 0.005  # in image widths: 0.16 of 32 voxels, 0.64 of 128
-SAME = 1e-3  # of the largest control point: two fields that differ by less are one
-ROUNDING = 1e-5  # of the bound, which has a reserve of a hundredth
+FIELD_TOLERANCE = 1e-3  # of the largest control point; a field that differs by more has another upsampling
+BOUND_TOLERANCE = 1e-5  # of the bound of fold_free, which keeps a hundredth in reserve
 
 
 def default_bending_weight(shape: Shape) -> float:
@@ -33,7 +35,7 @@ def unsupervised_loss(
     shape, grid_size = tuple(fixed.shape[2:]), tuple(control_points.shape[2:])
     warped = warp(moving, upsample(control_points, shape, upsampling))
     bending = losses.grid_bending_energy(control_points, shape, upsampling)
-    return losses.similarity(similarity, fixed, warped, grid_size) + bending_weight * bending
+    return losses.similarity_loss(similarity, fixed, warped, grid_size) + bending_weight * bending
 
 
 def _refine_case(
@@ -80,7 +82,7 @@ def refine(
     similarity      one of ``losses.SIMILARITIES``, as in training
     bending_weight  None: the paper's, scaled to the image (``default_bending_weight``)
     upsampling      the network's
-    fold_free       the network's; control points are kept within ``fold_free.displacement_bound``
+    fold_free       the network's; control points are kept within ``upsampling.displacement_bound``
 
     Works inside ``torch.inference_mode`` and ``no_grad`` too. What is given stays as it is; ``sigma`` is passed on.
     ValueError without control points, or those of another upsampling or outside the bound of ``fold_free``; on a
@@ -101,7 +103,7 @@ def refine(
         found = f"moving {tuple(moving.shape)} and the displacement {tuple(registration.displacement.shape)}"
         raise ValueError(f"fixed is {tuple(fixed.shape)}, {found}; they must agree")
     shape, start = tuple(fixed.shape[2:]), registration.control_points
-    tolerance = SAME * float(start.detach().abs().max())
+    tolerance = FIELD_TOLERANCE * float(start.detach().abs().max())
     if not torch.allclose(registration.displacement, upsample(start, shape, upsampling), rtol=0, atol=tolerance):
         raise ValueError(
             f"the displacement is not the control points' by upsampling {upsampling!r}; expected the network's"
@@ -109,7 +111,7 @@ def refine(
     bound = None
     if fold_free:
         bound = displacement_bound(tuple(start.shape[2:]), shape, start.device, start.dtype)
-        if not (start.abs() <= bound * (1 + ROUNDING)).all():
+        if not (start.abs() <= bound * (1 + BOUND_TOLERANCE)).all():
             raise ValueError(
                 "the control points lie outside the bound of fold_free; expected those of a fold-free network"
             )

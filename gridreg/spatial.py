@@ -12,21 +12,19 @@ Control points
 Images and points
     Images go from moving to fixed (``warp``); points go from fixed to moving (``transform_points``).
 Sampling
-    ``align_corners=True`` throughout: voxel 0 is -1 and voxel n - 1 is +1. ``_read`` is the only
-    function that calls ``grid_sample``, so that a zero displacement is the identity everywhere.
+    ``align_corners=True`` throughout: voxel 0 is -1 and voxel n - 1 is +1. Only ``sample`` and its fast
+    counterpart call ``grid_sample``, so that a zero displacement is the identity everywhere.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gridreg import fast
+
 Shape = tuple[int, int, int]
-SLAB = 2**17  # voxels that are warped at once: what is computed on the way stays in a cache
-INSIDE = 1e-9  # voxels; a coordinate at the last plane is moved by so much, to lie between two planes
 
 
 def as_shape(size: int | Shape, name: str = "size") -> Shape:
@@ -66,20 +64,9 @@ def control_point_coordinates(grid_size: Shape, shape: Shape, device=None, dtype
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept must serve a training too
-def _normalised_axes(shape: Shape, device: torch.device) -> list[Tensor]:
-    """Per axis, coordinates in [-1, 1] shaped to broadcast over (W, H, D); they differ only by shape, so cached.
-
-    On a CPU they are float64: in float32 the rounding of [-1, 1] moves voxel 127 by 1e-5 voxels.
-    """
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    axes = [torch.linspace(-1, 1, n, device=device, dtype=dtype) for n in shape]
-    return [axis.view([-1 if b == a else 1 for b in range(3)]) for a, axis in enumerate(axes)]
-
-
-def _read(image: Tensor, coordinates: Tensor, mode: str = "bilinear") -> Tensor:
-    return F.grid_sample(image, coordinates, mode, padding_mode="border", align_corners=True)
+def _sampling_dtype(device: torch.device) -> torch.dtype:
+    """float64 on a CPU: in float32 the rounding of [-1, 1] moves voxel 127 by 1e-5 voxels."""
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
@@ -87,13 +74,14 @@ def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
 
     Beyond the border the border's value is read. ``mode`` is "linear" or "nearest". Returns (B, C, w, h, d).
     """
-    volume_type, volume = volume.dtype, volume.to(coordinates.dtype)
-    # On a CPU, PyTorch shares out a batch among threads, but not one volume: then every slice is one of a batch.
-    slices = volume.shape[0] == 1 and volume.device.type == "cpu" and not volume.requires_grad
-    if slices:
-        volume, coordinates = volume.expand(coordinates.shape[1], -1, -1, -1, -1), coordinates[0, :, None]
-    values = _read(volume, coordinates, {"linear": "bilinear", "nearest": "nearest"}[mode])
-    return (values.permute(2, 1, 0, 3, 4) if slices else values).to(volume_type)
+    by_slice = fast.can_sample_by_slice(volume)
+    read = volume.to(coordinates.dtype)
+    if by_slice:
+        read, coordinates = fast.as_slices(read, coordinates)
+    values = F.grid_sample(
+        read, coordinates, {"linear": "bilinear", "nearest": "nearest"}[mode], padding_mode="border", align_corners=True
+    )
+    return (fast.from_slices(values) if by_slice else values).to(volume.dtype)
 
 
 def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
@@ -113,48 +101,16 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
         raise ValueError(f"mode is {mode!r}, expected linear or nearest")
     if mode == "linear" and not moving.is_floating_point():
         raise ValueError(f"moving holds {moving.dtype}, which linear interpolation would truncate; expected floats")
-    shape, size = tuple(displacement.shape[2:]), moving.shape[2:]
-    learns = torch.is_grad_enabled() and (moving.requires_grad or displacement.requires_grad)
-    if mode == "linear" and moving.device.type == "cpu" and not learns and min(size[:2]) > 1:
-        warped = moving.new_empty(*moving.shape[:2], *shape)
-        for triple in zip(moving, displacement, warped):
-            _warp_by_planes(*triple)
-        return warped
-    axes = _normalised_axes(shape, displacement.device)
-    volume, warped, first = moving.to(axes[0].dtype), [], 0
-    for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=2):
-        of_slab = [axes[0][first : first + slab.shape[2]], *axes[1:]]
-        coordinates = [torch.add(of_slab[a], slab[:, a], alpha=2 / max(size[a] - 1, 1)) for a in (2, 1, 0)]
-        warped.append(sample(volume, torch.stack(coordinates, dim=-1), mode).to(moving.dtype))
-        first += slab.shape[2]
-    return torch.cat(warped, dim=2)
-
-
-def _warp_by_planes(moving: Tensor, displacement: Tensor, warped: Tensor) -> None:
-    """``warp`` of one (C, W', H', D') volume by a (3, W, H, D) displacement into (C, W, H, D), on a CPU, without gradients.
-
-    PyTorch reads images with vector instructions, volumes without. So the planes of the volume stand below each other as
-    one tall image, which is read twice at once: in the plane below each point and in the one above it.
-    """
-    (width, height, depth), shape = moving.shape[1:], displacement.shape[1:]
-    rows = (width - 1) * height  # of the tall image; the one that is read above starts ``height`` rows later
-    row = 2 / (rows - 1)
-    volume = moving.double().contiguous()
-    x, y, z = (torch.linspace(0, n - 1, m, dtype=torch.float64) for n, m in zip(moving.shape[1:], shape))
-    x, y, z = x.view(-1, 1, 1), y.view(1, -1, 1) * row - 1, z * 2 / max(depth - 1, 1) - 1
-    first = 0
-    for slab in displacement.split(max(SLAB // (shape[1] * shape[2]), 1), dim=1):
-        u, planes = slab.double(), slice(first, first + slab.shape[1])
-        place = (u[0] + x[planes]).clamp_(0, width - 1 - INSIDE)
-        plane = place.floor()
-        at = torch.empty(*u.shape[1:], 2, dtype=torch.float64)
-        torch.add(z, u[2], alpha=2 / max(depth - 1, 1), out=at[..., 0])
-        torch.add((y + u[1] * row).clamp_(-1, (height - 1) * row - 1), plane, alpha=height * row, out=at[..., 1])
-        for channel, values in zip(volume, warped):
-            tall = channel.as_strided((2, rows, depth), (height * depth, depth, 1))
-            read = _read(tall.expand(len(at), -1, -1, -1), at)
-            values[planes] = torch.lerp(read[:, 0], read[:, 1], place - plane)
-        first += slab.shape[1]
+    if mode == "linear" and fast.can_warp(moving, displacement):
+        return fast.warp(moving, displacement)
+    sizes, shape, dtype = moving.shape[2:], displacement.shape[2:], _sampling_dtype(displacement.device)
+    coordinates = []  # of x + u(x) in [-1, 1], last axis first
+    for axis in (2, 1, 0):
+        x = torch.linspace(-1, 1, shape[axis], device=displacement.device, dtype=dtype)
+        x = x.view([-1 if other == axis else 1 for other in range(3)])
+        coordinates.append(torch.add(x, displacement[:, axis], alpha=2 / max(sizes[axis] - 1, 1)))
+    volume = moving.to(dtype)
+    return sample(volume, torch.stack(coordinates, dim=-1), mode).to(moving.dtype)
 
 
 def transform_points(points: Tensor, displacement: Tensor) -> Tensor:

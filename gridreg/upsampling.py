@@ -63,7 +63,7 @@ _BASES = {"trilinear": _linear_basis, "bspline": _bspline_basis, "deconv": _gaus
 
 
 @lru_cache(maxsize=128)
-@torch.inference_mode(False)  # what is kept must serve a training too
+@torch.inference_mode(False)  # what is cached must serve a training too
 def basis(n: int, g: int, method: str = "trilinear", device=None, dtype=torch.float32) -> Tensor:
     """(n, g) weights of g control points at n voxels along one axis. ValueError on an unknown method."""
     if method not in _BASES:
@@ -123,46 +123,44 @@ def upsample_sigma(sigma: Tensor, shape: int | Shape, method: str = "trilinear")
     return apply_along_axes(sigma.square(), squared).sqrt()
 
 
-# MERGED How far a control point may move so that a cubic B-spline field cannot fold (after Choi & Lee 2000).
+# ---- The bound that forbids folds (after Choi & Lee 2000) ------------------------------------------------------------
 #
-# Measure every axis in its own control spacings. If Σ_b |∂u_a/∂x_b| < 1 for each component a, then u is a contraction in
-# the max norm and x → x + u(x) is one-to-one with det J > 0: φ(x) = φ(y) would mean |x - y| = |u(x) - u(y)| < |x - y|.
+# Measure every axis in control spacings. If Σ_b |∂u_a/∂x_b| < 1 for each component a, then u is a contraction in the max
+# norm and x → x + u(x) is one-to-one with det J > 0: φ(x) = φ(y) would mean |x - y| = |u(x) - u(y)| < |x - y|.
 # With u_a = Σ_c d_ac φ_c and |d_ac| ≤ r_c that sum is at most
 #
 #     max over s in {-1, 1}³ of Σ_c r_c |s · ∇φ_c(x)|,
 #
 # and control points at the bound attain it. For uniform B-splines and equal r_c its largest value over x is r · 2.4795:
 # the bound of 0.4033 spacings of Choi & Lee, "Injectivity conditions of 2D and 3D uniform cubic B-spline functions",
-# Graphical Models 62, 2000. Ours is clamped. Its derivative is larger at the border, where equal r_c would have to be
-# 1/6 of a spacing (the corner voxel: ∇φ is that of trilinear interpolation), so r_c = w_i w_j w_k / K with weights
-# ``NEAR_BORDER`` at the two outer control points of each axis, and only these move less. K is the larger of
+# Graphical Models 62, 2000. Our spline is clamped. Its derivative is larger at the border, where equal r_c would have to
+# be 1/6 of a spacing (the corner voxel: ∇φ is that of trilinear interpolation), so r_c = w_i w_j w_k / K with weights
+# ``BORDER_WEIGHTS`` at the two outer control points of each axis, and only these move less. K is the larger of
 #
-# - ``SPLINE``, for the continuous spline at any number of voxels. Two intervals from the border the basis is the uniform
-#   one, so grids of 8 and more share a value. Found on a fine lattice with a bound on what lies between its points
-#   (second derivatives); the tests repeat it;
+# - ``SPLINE_SUM``, for the continuous spline at any number of voxels. Two intervals from the border the basis is the
+#   uniform one, so grids of 8 and more share a value. It was found on a fine lattice, with a bound on the values between
+#   its points (second derivatives); the tests repeat this;
 # - the largest sum over the voxels at hand, with differences along the edges of a cell for derivatives. It covers the
 #   field as it is delivered: read linearly between voxels, as ``transform_points`` reads it; by central differences,
 #   which are means of those along edges (``metrics.folding_percent``); and on the tetrahedra of
 #   ``metrics.nondiffeomorphic_percent``. Both metrics are 0. Coarse voxels cost something here: a fifth of the bound
 #   at one voxel a spacing, 3 % at 3.4, nothing from 7 on.
 #
-# The price is reach: a control point moves by less than half a spacing, so a fine grid suits small displacements only.
+# The price is range: a control point moves by less than half a spacing, so a fine grid suits small displacements only.
 # The reserve of 1 % keeps det J above 0 in floating point. The guarantee is for the mean displacement: a sample drawn
 # with a Bayesian model's sigma may leave the bound.
-#
 
-
-NEAR_BORDER = (2 / 3, 0.9)  # weights of the first and second control point from the border; 1 further inside
-SPLINE = {2: 1.8, 3: 2.15, 4: 2.15, 5: 2.15, 6: 2.25}  # K of the continuous spline, by the largest grid size; else
-SPLINE_BEYOND = 2.5
-RESERVE = 0.99
-FAR = 1e15  # bounds; beyond it the square of a control point would be no number in single precision
+BORDER_WEIGHTS = (2 / 3, 0.9)  # of the first and second control point from the border; 1 further inside
+SPLINE_SUM = {2: 1.8, 3: 2.15, 4: 2.15, 5: 2.15, 6: 2.25}  # K of the continuous spline, by the largest grid size
+SPLINE_SUM_BEYOND = 2.5  # for larger grids
+RESERVE = 0.99  # share of the bound that is used
+LARGEST_RATIO = 1e15  # of a control point to its bound; the square of a larger one would overflow in single precision
 
 
 def _weights(g: int) -> Tensor:
     """(g,) weights of the control points along one axis, float64."""
     weights = torch.ones(g, dtype=torch.float64)
-    for distance, weight in reversed(list(enumerate(NEAR_BORDER[: (g + 1) // 2]))):
+    for distance, weight in reversed(list(enumerate(BORDER_WEIGHTS[: (g + 1) // 2]))):
         weights[[distance, -1 - distance]] = weight
     return weights
 
@@ -206,10 +204,10 @@ def _largest_sum(grid_size: Shape, shape: Shape, device: torch.device) -> float:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve a training too
+@torch.inference_mode(False)  # what is cached must serve a training too
 def _bound(grid_size: Shape, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.autocast(device.type, enabled=False):
-        largest = max(SPLINE.get(max(grid_size), SPLINE_BEYOND), _largest_sum(grid_size, shape, device))
+        largest = max(SPLINE_SUM.get(max(grid_size), SPLINE_SUM_BEYOND), _largest_sum(grid_size, shape, device))
     weights = torch.einsum("i,j,k->ijk", *map(_weights, grid_size))
     spacing = torch.tensor([(n - 1) / (g - 1) for n, g in zip(shape, grid_size)], dtype=torch.float64)
     return (RESERVE / largest * spacing.view(3, 1, 1, 1) * weights).to(device, dtype)
@@ -236,5 +234,5 @@ def bounded(control_points: Tensor, shape: int | Shape) -> Tensor:
     """
     check_volume(control_points, 3, "control_points")
     bound = displacement_bound(tuple(control_points.shape[2:]), shape, control_points.device, control_points.dtype)
-    control_points = control_points.clamp(-FAR * bound, FAR * bound)
+    control_points = control_points.clamp(-LARGEST_RATIO * bound, LARGEST_RATIO * bound)
     return control_points * torch.rsqrt(1 + (control_points / bound).square())

@@ -12,7 +12,7 @@ from scipy.interpolate import BSpline
 from scipy.optimize import minimize
 
 from gridreg import metrics
-from gridreg.upsampling import NEAR_BORDER, SPLINE, SPLINE_BEYOND, basis, displacement_bound, upsample
+from gridreg.upsampling import BORDER_WEIGHTS, SPLINE_SUM, SPLINE_SUM_BEYOND, basis, displacement_bound, upsample
 
 CHOI_LEE = 2.479472335  # their constant K3 for uniform B-splines in three dimensions
 SIGNS = [(1, a, b) for a, b in product((1, -1), repeat=2)]
@@ -84,7 +84,7 @@ def test_the_constant_of_choi_and_lee():
     assert largest == pytest.approx(CHOI_LEE, abs=1e-5)
 
 
-# ---- Proof that SPLINE holds everywhere between the points of a lattice ----------------------------------------------
+# ---- Proof that SPLINE_SUM holds everywhere between the points of a lattice ----------------------------------------------
 
 
 def interval(g: int, number: int, steps: int):
@@ -97,7 +97,7 @@ def interval(g: int, number: int, steps: int):
     weights = np.ones(g)
     for distance in (1, 0):
         if g > 2 or distance == 0:
-            weights[[distance, -1 - distance]] = NEAR_BORDER[distance]
+            weights[[distance, -1 - distance]] = BORDER_WEIGHTS[distance]
     t = np.clip(np.linspace(number, number + 1, 8 * steps + 1), number, number + 1 - 1e-12)
     none = np.zeros((len(t), 1))
     b, b1, b2, b3 = [functions(t, nu=m) * weights if m <= functions.k else none for m in range(4)]
@@ -145,7 +145,7 @@ def test_the_constants_of_the_continuous_spline_are_proven():
     assert len(kinds) == 8
     for triple in combinations_with_replacement(kinds.values(), 3):
         largest_grid = max(g for g, _ in triple)
-        assert upper_bound(*(made for _, made in triple), steps) <= SPLINE.get(largest_grid, SPLINE_BEYOND)
+        assert upper_bound(*(made for _, made in triple), steps) <= SPLINE_SUM.get(largest_grid, SPLINE_SUM_BEYOND)
 
 
 # ---- Fields within the bound do not fold -----------------------------------------------------------------------------
@@ -264,8 +264,8 @@ def test_how_large_the_bound_is():
     bound = displacement_bound((10, 10, 10), (64, 64, 64))[0] / spacing
     assert 0.97 / CHOI_LEE < bound[2:-2, 2:-2, 2:-2].min() and bound.max() < 1 / CHOI_LEE
     torch.testing.assert_close(bound[2:-2, 2:-2, 2:-2], bound.max().expand(6, 6, 6))  # inside it is one number
-    assert bound[0, 5, 5] / bound[5, 5, 5] == pytest.approx(NEAR_BORDER[0])
-    assert bound[0, 1, 0] / bound[5, 5, 5] == pytest.approx(NEAR_BORDER[0] ** 2 * NEAR_BORDER[1])
+    assert bound[0, 5, 5] / bound[5, 5, 5] == pytest.approx(BORDER_WEIGHTS[0])
+    assert bound[0, 1, 0] / bound[5, 5, 5] == pytest.approx(BORDER_WEIGHTS[0] ** 2 * BORDER_WEIGHTS[1])
     equal = displacement_bound((2, 2, 2), (10, 10, 10)) / 9  # nothing but corners: 1/6 of a spacing
     assert 0.97 / 6 < equal.min() and equal.max() < 1 / 6
     assert displacement_bound(5, 32).max() > 1 / CHOI_LEE * 31 / 4  # a short spline bends less than a uniform one

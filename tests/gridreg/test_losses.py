@@ -7,19 +7,19 @@ import pytest
 import torch
 from scipy import ndimage
 
+from gridreg import losses
 from gridreg.losses import (
     FEW_LABELS,
-    LAMBDA0,
-    NOISE,
-    _dice_without_masks,
+    LAMBDA_0,
+    RESIDUAL_NOISE,
     at_control_points,
     bending_energy,
-    dice,
+    dice_loss,
+    gradient_energy,
     grid_bending_energy,
-    information,
-    label_dice,
-    mse,
-    uncertainty,
+    label_dice_loss,
+    mse_loss,
+    uncertainty_loss,
 )
 from gridreg.spatial import control_point_coordinates, voxel_coordinates, warp
 from gridreg.upsampling import METHODS, upsample
@@ -144,36 +144,36 @@ def test_dice_is_monais():
 
     fixed, warped = (torch.rand(2, 3, *SHAPE) > 0.6).float(), torch.rand(2, 3, *SHAPE)
     expected = DiceLoss(smooth_nr=0, smooth_dr=1e-12)(warped, fixed)
-    assert dice(fixed, warped).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert dice_loss(fixed, warped).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_dice_by_hand():
     fixed, warped = torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4)
     fixed[..., :2], warped[..., 1:] = 1, 1  # 32 and 48 voxels, 16 in common
-    assert dice(fixed, warped).item() == pytest.approx(1 - 2 * 16 / 80)
-    assert dice(fixed, fixed).item() == pytest.approx(0, abs=1e-6)
-    assert dice(fixed, 1 - fixed).item() == 1
+    assert dice_loss(fixed, warped).item() == pytest.approx(1 - 2 * 16 / 80)
+    assert dice_loss(fixed, fixed).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(fixed, 1 - fixed).item() == 1
 
 
 def test_dice_leaves_out_a_structure_absent_from_both():
     fixed = (torch.rand(1, 3, *SHAPE) > 0.5).float()
     warped = torch.rand(1, 3, *SHAPE)
     fixed[:, 1] = warped[:, 1] = 0
-    assert dice(fixed, warped).item() == pytest.approx(dice(fixed[:, [0, 2]], warped[:, [0, 2]]).item())
+    assert dice_loss(fixed, warped).item() == pytest.approx(dice_loss(fixed[:, [0, 2]], warped[:, [0, 2]]).item())
     warped[:, 1, 0, 0, 0] = 1  # in one of the two only: it counts, as a miss
-    two = 1 - dice(fixed[:, [0, 2]], warped[:, [0, 2]]).item()
-    assert dice(fixed, warped).item() == pytest.approx(1 - 2 * two / 3)
+    two = 1 - dice_loss(fixed[:, [0, 2]], warped[:, [0, 2]]).item()
+    assert dice_loss(fixed, warped).item() == pytest.approx(1 - 2 * two / 3)
 
 
 def test_dice_of_nothing_is_no_loss_and_can_be_differentiated():
     warped = torch.zeros(1, 2, *SHAPE, requires_grad=True)
-    loss = dice(torch.zeros(1, 2, *SHAPE), warped)
+    loss = dice_loss(torch.zeros(1, 2, *SHAPE), warped)
     loss.backward()
     assert loss == 0 and (warped.grad == 0).all()
 
 
 def test_mse():
-    assert mse(torch.zeros(2, 1, 3, 3, 3), torch.full((2, 1, 3, 3, 3), 0.5)).item() == 0.25
+    assert mse_loss(torch.zeros(2, 1, 3, 3, 3), torch.full((2, 1, 3, 3, 3), 0.5)).item() == 0.25
 
 
 def test_values_at_control_points():
@@ -202,14 +202,15 @@ def masks(labels: torch.Tensor, values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("values", [[1, 3, 5], [2], [4, 9], list(range(1, FEW_LABELS + 2))])
-@pytest.mark.parametrize("form", [label_dice, _dice_without_masks])
-def test_dice_of_labels_is_the_dice_of_their_masks(form, values):
+@pytest.mark.parametrize("few", [0, FEW_LABELS])  # without masks, and with them
+def test_dice_of_labels_is_the_dice_of_their_masks(few, values, monkeypatch):
     """Value and gradient, with labels that are absent, not asked for, moved out of the image, or of one case only."""
+    monkeypatch.setattr(losses, "FEW_LABELS", few)
     fixed, moving = torch.randint(0, 6, (2, 2, 1, 7, 9, 8))
     moving[0][moving[0] == 3] = 0
     field = (3 * torch.randn(2, 3, 7, 9, 8, dtype=torch.float64)).requires_grad_()
-    one = dice(masks(fixed, values), warp(masks(moving, values), field))
-    other = form(fixed.to(torch.int16), moving.to(torch.int16), field, values)
+    one = dice_loss(masks(fixed, values), warp(masks(moving, values), field))
+    other = label_dice_loss(fixed.to(torch.int16), moving.to(torch.int16), field, values)
     torch.testing.assert_close(other, one)
     gradients = [torch.autograd.grad(loss, field)[0] for loss in (one, other)]
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -224,7 +225,7 @@ def test_dice_of_a_large_label_in_single_precision(absent):
     field = torch.zeros(1, 3, 128, 64, 64)
     field[:, 0] = 0.1
     field.requires_grad_()
-    loss = label_dice(labels, labels, field, list(range(1, 2 + absent)))
+    loss = label_dice_loss(labels, labels, field, list(range(1, 2 + absent)))
     loss.backward()
     assert loss.dtype == field.grad.dtype == torch.float32
     assert loss.item() == pytest.approx(0.1 / 108, rel=2e-3)
@@ -241,7 +242,7 @@ def test_dice_of_a_hundred_labels_takes_the_memory_of_ten():
     def kept(values: list[int]) -> int:
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            label_dice(fixed, moving, field, values)
+            label_dice_loss(fixed, moving, field, values)
         return sum(sizes)
 
     assert kept(list(range(1, 120))) < 1.05 * kept(list(range(1, 11)))
@@ -249,34 +250,39 @@ def test_dice_of_a_hundred_labels_takes_the_memory_of_ten():
 
 def test_information_of_a_ramp_is_its_squared_slope():
     x = voxel_coordinates((8, 9, 10))
-    told = information((0.03 * x[1] - 0.04 * x[2])[None, None])
-    torch.testing.assert_close(told, torch.full((1, 1, 8, 9, 10), 25e-4))
+    energy = gradient_energy((0.03 * x[1] - 0.04 * x[2])[None, None])
+    torch.testing.assert_close(energy, torch.full((1, 1, 8, 9, 10), 25e-4))
 
 
 def test_uncertainty_by_hand():
-    fixed, warped, told = (np.random.default_rng(seed).random((2, 1, 2, 3, 2)) for seed in range(3))
+    fixed, warped, energy = (np.random.default_rng(seed).random((2, 1, 2, 3, 2)) for seed in range(3))
     variance, widest = np.random.default_rng(3).uniform(0.5, 2, (2, 3, 2, 3, 2)), np.array([1.0, 2.0, 3.0])
     terms = []
     for b, a, *x in np.ndindex(variance.shape):
         at = (b, 0, *x)
-        displaced = ((fixed[at] - warped[at]) ** 2 + NOISE**2) / (told[at] + NOISE**2 / widest[a] ** 2)
-        terms.append(displaced / variance[(b, a, *x)] + LAMBDA0 * np.log(variance[(b, a, *x)]))
-    found = uncertainty(*map(torch.from_numpy, (fixed, warped, told, variance, widest.reshape(3, 1, 1, 1))))
+        displaced = ((fixed[at] - warped[at]) ** 2 + RESIDUAL_NOISE**2) / (
+            energy[at] + RESIDUAL_NOISE**2 / widest[a] ** 2
+        )
+        terms.append(displaced / variance[(b, a, *x)] + LAMBDA_0 * np.log(variance[(b, a, *x)]))
+    found = uncertainty_loss(*map(torch.from_numpy, (fixed, warped, energy, variance, widest.reshape(3, 1, 1, 1))))
     assert found.item() == pytest.approx(np.mean(terms))
 
 
 def test_uncertainty_is_least_at_the_displacement_that_the_residual_amounts_to():
-    """A ramp of slope s, shifted by d: the best σ² is (s² d² + NOISE²) / (s² + NOISE² / widest²), about d²."""
+    """A ramp of slope s, shifted by d: the best σ² is (s² d² + RESIDUAL_NOISE²) / (s² + RESIDUAL_NOISE² / widest²), about d²."""
     slope, shift, widest = 0.1, 0.8, torch.full((3, 1, 1, 1), 2.0)
     fixed = slope * voxel_coordinates((12, 12, 12))[0][None, None]
-    best = (slope**2 * shift**2 + NOISE**2) / (slope**2 + NOISE**2 / 4)
+    best = (slope**2 * shift**2 + RESIDUAL_NOISE**2) / (slope**2 + RESIDUAL_NOISE**2 / 4)
     assert best == pytest.approx(shift**2, rel=0.1)
 
     def loss(variance: float) -> float:
         dense = torch.full((1, 3, 12, 12, 12), variance)
-        return uncertainty(fixed, fixed + slope * shift, information(fixed), dense, widest).item()
+        return uncertainty_loss(fixed, fixed + slope * shift, gradient_energy(fixed), dense, widest).item()
 
     assert loss(best) < min(loss(0.8 * best), loss(1.25 * best))
     flat = torch.full_like(fixed, 0.5)
-    at = [uncertainty(flat, flat, information(flat), torch.full((1, 3, 12, 12, 12), v), widest) for v in (3.5, 4, 4.5)]
+    at = [
+        uncertainty_loss(flat, flat, gradient_energy(flat), torch.full((1, 3, 12, 12, 12), v), widest)
+        for v in (3.5, 4, 4.5)
+    ]
     assert at[1] < min(at[0], at[2])  # widest²

@@ -9,22 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from gridreg import attention as attention_module
-from gridreg import metrics
+from gridreg import fast, metrics
 from gridreg.attention import (
     CHANNELS,
     HEAD_CHANNELS,
     HEADS,
     CrossAttention,
-    Neighbourhoods,
     encoding,
     grid_encoding,
-    points_a_window,
+    neighbourhoods,
     readers,
     token_basis,
     token_positions,
     tokens_a_spacing,
-    windows,
 )
 from gridreg.network import GridReg, level_grid
 from gridreg.spatial import control_point_coordinates
@@ -109,6 +106,7 @@ def test_attention_is_equation_3_1(windows, channels):
             weights = torch.softmax(k[b, window][:, part] @ q[g, part] / HEAD_CHANNELS**0.5, dim=0)
             heads.append(weights @ v[b, window][:, part])
         expected[b, g] = attention.out(torch.cat(heads))
+    torch.testing.assert_close(attention.by_equation(queries, tokens), expected)
     torch.testing.assert_close(attention(queries, tokens), expected)
 
 
@@ -151,31 +149,66 @@ def test_a_control_point_sees_the_tokens_around_it(grid, monkeypatch):
     shape = tuple(3 * (g - 1) // 2 + 1 for g in grid)  # 1.5 feature voxels a spacing
     coordinates = control_point_coordinates(shape, shape)
     volumes = torch.stack([coordinates, 2 * coordinates]).permute(0, 2, 3, 4, 1)
-    read = apply_channels_last(volumes, readers(shape, grid, CPU))
-    for cached in (1, attention_module.CACHED):  # one plane of control points after the other, and all at once
-        monkeypatch.setattr(attention_module, "CACHED", cached)
-        blocks = list(windows(read, grid))
-        assert len(blocks) == (grid[0] if cached == 1 else 1)
-        numbers = np.concatenate([np.arange(math.prod(grid))[some] for some, _, _ in blocks])
-        assert (numbers == np.arange(math.prod(grid))).all()
-        tokens, mask = torch.cat([seen for _, seen, _ in blocks], dim=1), blocks[0][2]
-        q = points_a_window(grid[2])
+    read = readers(shape, grid, CPU)
+    inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))  # windows at the border are cut off
+    expected = control_point_coordinates(grid, shape)
+    tokens = neighbourhoods(apply_channels_last(volumes, read), grid)
+    assert tokens.shape == (2, math.prod(grid), 4**3, 3)
+    means = tokens.mean(2).transpose(1, 2).unflatten(2, grid)
+    for factor in (1, 2):
+        torch.testing.assert_close(means[factor - 1][inner], factor * expected[inner])
+
+    tokens = apply_channels_last(volumes, [*read[:2], fast.by_window(read[2], grid[2])])
+    for numbers in (1, fast.WINDOW_NUMBERS):  # one plane of control points after the other, and all at once
+        monkeypatch.setattr(fast, "WINDOW_NUMBERS", numbers)
+        blocks = list(fast.windows(tokens, grid, HEADS))
+        assert len(blocks) == (grid[0] if numbers == 1 else 1)
+        points = np.concatenate([np.arange(math.prod(grid))[some] for some, _, _ in blocks])
+        assert (points == np.arange(math.prod(grid))).all()
+        near, mask = torch.cat([seen for _, seen, _ in blocks], dim=1), blocks[0][2]
+        q = fast.points_a_window(grid[2])
         seen = mask.unflatten(0, (q, HEADS))[:, 0].exp()  # (q, N): 1 or 0
-        assert tokens.shape == (2, math.prod(grid) // q, seen.shape[1], 3) and (seen.sum(1) == 4**3).all()
-        means = torch.einsum("bwnk,qn->bkwq", tokens, seen / seen.sum(1, keepdim=True)).reshape(2, 3, *grid)
-        expected = control_point_coordinates(grid, shape)
-        inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))  # windows at the border are cut off
-        torch.testing.assert_close(means[0][inner], expected[inner])
-        torch.testing.assert_close(means[1][inner], 2 * expected[inner])
+        assert near.shape == (2, math.prod(grid) // q, seen.shape[1], 3) and (seen.sum(1) == 4**3).all()
+        shared = torch.einsum("bwnk,qn->bkwq", near, seen / seen.sum(1, keepdim=True)).reshape(2, 3, *grid)
+        torch.testing.assert_close(shared, means)
 
 
-def test_the_gradient_of_neighbourhoods_is_that_of_their_copies():
+@pytest.mark.parametrize("variant", [{}, {"bayesian": True}, {"projector": False}], ids=str)
+@pytest.mark.parametrize("grid", [(4, 3, 5), (7, 8, 6)])
+def test_the_fast_attention_is_the_plain_one(variant, grid):
+    """The network and its gradient, in double precision, where nothing is left to rounding."""
+    network, images = GridReg(**variant).double(), [image.double() for image in pair((18, 22, 26), batch=2)]
+    torch.nn.init.normal_(network.mean.weight, std=0.05)
+    for level in network.decoder:  # attention far from uniform
+        torch.nn.init.normal_(level.attention.query.weight, std=1.0)
+    found = []
+    for plain in ((), ("attention",)):
+        with fast.without(*plain):
+            control_points = network(*images, grid).control_points
+        gradients = torch.autograd.grad(control_points.square().sum(), network.decoder.parameters())
+        found.append([control_points, *gradients])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gradient_of_the_columns_is_that_of_their_copies():
     tokens = torch.randn(2, 4, 9, 2, 3, 1, dtype=torch.float64, requires_grad=True)  # 2 and 3 tokens to a spacing
-    assert torch.autograd.gradcheck(lambda t: Neighbourhoods.apply(t, 2, 3), tokens)
+    assert torch.autograd.gradcheck(lambda t: fast._Columns.apply(t, 2, 3), tokens)
 
 
 def test_windows_of_equal_size_hold_about_as_many_control_points_as_wanted():
-    assert [points_a_window(g) for g in (2, 5, 7, 8, 10, 15, 31)] == [2, 5, 7, 4, 5, 5, 31]
+    assert [fast.points_a_window(g) for g in (2, 5, 7, 8, 10, 15, 31)] == [2, 5, 7, 4, 5, 5, 31]
+
+
+def test_a_fast_path_is_switched_off_by_name_and_only_inside_the_block():
+    with fast.without("warp"):
+        with fast.without("attention"):
+            assert not fast.used("warp") and not fast.used("attention")
+        assert not fast.used("warp") and fast.used("attention")
+    assert all(map(fast.used, fast.PATHS))
+    with pytest.raises(KeyError, match="no fast path is called wrap"):
+        with fast.without("wrap"):
+            pass
 
 
 def test_a_local_level_is_decoded_no_finer_than_it_can_tell():

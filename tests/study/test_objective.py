@@ -13,7 +13,7 @@ from gridreg import losses
 from gridreg.network import Registration
 from gridreg.refinement import unsupervised_loss
 from gridreg.upsampling import upsample
-from study.training.objective import SHARE, similarity_loss
+from study.training.objective import UNCERTAINTY_SHARE, similarity_loss
 
 SHAPE, GRID, SAMPLES = (6, 7, 8), (2, 3, 2), 2
 NETWORK = SimpleNamespace(upsampling="trilinear")
@@ -48,9 +48,9 @@ def warped(moving: np.ndarray, control: np.ndarray) -> np.ndarray:
 def test_equation_2_by_hand(example):
     fixed, moving, mean, sigma = (tensor.detach().numpy()[0].squeeze() for tensor in example)
     lattice = np.meshgrid(*(np.linspace(0, n - 1, g) for n, g in zip(SHAPE, GRID)), indexing="ij")
-    widest = (losses.WIDEST * np.array(SHAPE)).reshape(3, 1, 1, 1)
+    widest = (losses.LARGEST_SIGMA * np.array(SHAPE)).reshape(3, 1, 1, 1)
     slope = sum(g**2 for g in np.gradient(fixed))
-    told = ndimage.uniform_filter(slope, 5, mode="constant") / ndimage.uniform_filter(
+    energy = ndimage.uniform_filter(slope, 5, mode="constant") / ndimage.uniform_filter(
         np.ones(SHAPE), 5, mode="constant"
     )
     dense_variance = np.einsum("xyzijk,aijk->axyz", weights() ** 2, sigma**2)
@@ -58,9 +58,9 @@ def test_equation_2_by_hand(example):
     def at_grid(volume):
         return ndimage.map_coordinates(volume, lattice, order=1)
 
-    def equation(fixed, sample, told, variance):
-        squared = ((fixed - sample) ** 2 + losses.NOISE**2) / (told + losses.NOISE**2 / widest**2)
-        return (squared / variance + losses.LAMBDA0 * np.log(variance)).mean()
+    def equation(fixed, sample, energy, variance):
+        squared = ((fixed - sample) ** 2 + losses.RESIDUAL_NOISE**2) / (energy + losses.RESIDUAL_NOISE**2 / widest**2)
+        return (squared / variance + losses.LAMBDA_0 * np.log(variance)).mean()
 
     of_mean = warped(moving, mean)
     plain = ((fixed - of_mean) ** 2).mean() + ((at_grid(fixed) - at_grid(of_mean)) ** 2).mean()
@@ -68,9 +68,9 @@ def test_equation_2_by_hand(example):
     of_samples = []
     for _ in range(SAMPLES):
         sample = warped(moving, mean + sigma * torch.randn(1, 3, *GRID)[0].double().numpy())
-        of_samples.append(equation(fixed, sample, told, dense_variance))
-        of_samples[-1] += equation(*map(at_grid, (fixed, sample, told)), sigma**2)
-    expected = plain + SHARE * ((fixed - of_mean) ** 2).mean() * np.mean(of_samples)
+        of_samples.append(equation(fixed, sample, energy, dense_variance))
+        of_samples[-1] += equation(*map(at_grid, (fixed, sample, energy)), sigma**2)
+    expected = plain + UNCERTAINTY_SHARE * ((fixed - of_mean) ** 2).mean() * np.mean(of_samples)
     assert abs(np.mean(of_samples)) > 0.1
     assert loss_of(*example).item() == pytest.approx(expected, rel=1e-6)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import gridreg
+from gridreg import fast
 from gridreg.spatial import (
     as_shape,
     check_grid_size,
@@ -42,7 +43,7 @@ def test_zero_field_is_the_identity(shape, mode):
 
 def test_one_volume_is_warped_as_one_of_a_batch(monkeypatch):
     """A single volume goes to the threads slice by slice; slabs of two slices here."""
-    monkeypatch.setattr(gridreg.spatial, "SLAB", 2 * SHAPE[1] * SHAPE[2])
+    monkeypatch.setattr(fast, "SLAB_VOXELS", 2 * SHAPE[1] * SHAPE[2])
     moving, displacement = torch.rand(2, 3, *SHAPE), torch.randn(2, 3, *SHAPE)
     for moves in (moving, moving.clone().requires_grad_()):
         together = warp(moves, displacement)
@@ -53,11 +54,26 @@ def test_one_volume_is_warped_as_one_of_a_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (2, 2, 1), (9, 3, 1), (40, 6, 5)])
-def test_warp_is_the_same_whether_gradients_are_wanted_or_not(shape):
-    """Without them planes are read in place of the volume; far beyond the border too, and for images of another size."""
+def test_the_fast_warp_is_the_plain_one(shape):
+    """Far beyond the border too, and for images of another size; with gradients the plain one runs anyhow."""
     moving, displacement = torch.rand(2, 3, *shape), 4 * torch.randn(2, 3, *SHAPE)
-    slow = warp(moving.clone().requires_grad_(), displacement).detach()
-    torch.testing.assert_close(warp(moving, displacement), slow, rtol=0, atol=2e-7)
+    with fast.without("warp"):
+        plain = warp(moving, displacement)
+    torch.testing.assert_close(warp(moving, displacement), plain, rtol=0, atol=2e-7)
+    assert torch.equal(warp(moving.clone().requires_grad_(), displacement).detach(), plain)
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+def test_slices_are_sampled_as_the_volume(mode):
+    moving, displacement = torch.rand(1, 2, *SHAPE), 4 * torch.randn(1, 3, *SHAPE).requires_grad_()
+    found = []
+    for plain in ((), ("slices",)):
+        with fast.without(*plain):
+            warped = warp(moving, displacement, mode)
+        found.append(
+            [warped, *torch.autograd.grad(warped.square().sum(), displacement)] if mode == "linear" else [warped]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 def test_zero_field_is_not_the_identity_in_the_released_code():
@@ -70,14 +86,14 @@ def test_zero_field_is_not_the_identity_in_the_released_code():
     assert (warp(moving, torch.zeros(1, 3, *SHAPE)) - moving).abs().max() < 1e-6
 
 
-def test_only_one_function_samples():
+def test_one_function_samples_and_its_fast_counterpart():
     calls = []
-    for path in Path(gridreg.__file__).parent.glob("*.py"):
+    for path in Path(gridreg.__file__).parent.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(function, ast.FunctionDef):
                 called = [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
                 calls += [(path.name, function.name) for name in called if name.split(".")[-1] == "grid_sample"]
-    assert calls == [("grid.py", "_read")]
+    assert sorted(calls) == [("fast.py", "_warp_by_planes"), ("spatial.py", "sample")]
 
 
 @pytest.mark.parametrize("mode", ["linear", "nearest"])

@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_training():
     displacement = upsample(control, SHAPE, "bspline")
     warped = warp(moving, displacement)
     at_grid = [losses.at_control_points(volume, GRID) for volume in (fixed, warped)]
-    expected = losses.mse(fixed, warped) + losses.mse(*at_grid) + WEIGHT * losses.bending_energy(displacement)
+    expected = losses.mse_loss(fixed, warped) + losses.mse_loss(*at_grid) + WEIGHT * losses.bending_energy(displacement)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 

@@ -98,7 +98,7 @@ def read_pair(
 
     affine_reference  None, "mni152" or an image file, to which both scans are aligned first
     start             without a reference: "headers", "centre", "affine" (the moving scan is aligned to the fixed one) or None:
-                      headers where both scans state an orientation and overlap by them, else centre
+                      headers where both scans state an orientation and their contents overlap by them, else centre
 
     InputError for a file that cannot be used, or the same file twice.
     """
@@ -170,7 +170,7 @@ def _maps(volumes: list, images: list, target: Target, start: str | None) -> tup
         return [fixed, matrix @ fixed], (
             f"start: affine; the alignment of the moving scan departs from the headers by {moved:.1f} mm at the centre",
         )
-    chosen = decide_start(geometries, boxes, middle, target, start)
+    chosen = decide_start(geometries, boxes, middle, target, start, lambda: [tuple(zip(volumes, images))])
     if chosen.kind == "headers":
         return [placed(target, chosen.centre_mm)] * 2, chosen.notes
     both = [centred_on_content(volume, image, target) for volume, image in zip(volumes, images)]

@@ -152,7 +152,7 @@ def test_a_sheared_scan_keeps_its_shear_in_one_form(tmp_path):
     affine[0, 1] = 0.8
     fixed = write_scan(tmp_path / "fixed.nii", body(), affine, codes=(1, 0))
     moving = write_scan(tmp_path / "moving.nii", body(), upright())
-    pair = read_pair(fixed, moving, (36, 38, 28), 2.2)
+    pair = read_pair(fixed, moving, (36, 38, 28), 2.2, start="headers")
     warped, *_ = save(pair, np.zeros((3, *pair.shape), np.float32), tmp_path / "out")
     image = nibabel.load(warped)
     assert image.header["qform_code"] == 0 and any("sheared" in note for note in pair.notes)

@@ -14,7 +14,7 @@ from gridreg.scans.geometry import apply_affine
 from gridreg.scans.intensity import Intensity
 from gridreg.scans.pair import read_pair
 from gridreg.scans.prepare import Scan, Target, prepare_scan
-from gridreg.scans.start import choose_start
+from gridreg.scans.start import choose_start, mutual_information
 from gridreg.scans.volumes import read_field_mm
 
 LARGE = body((60, 66, 45), seed=1)
@@ -84,6 +84,34 @@ def test_centres_where_headers_do_not_overlap(tmp_path):
     assert min(pair.fixed.std(), pair.moving.std()) > 0.1
     with pytest.raises(InputError, match=r"moving\.nii: found next to nothing .* `start: centre`"):
         read_pair(fixed, moving, (24, 24, 16), 3.0, start="headers")
+
+
+def test_centres_where_headers_have_lost_their_origins(tmp_path):
+    """Crops of two patients whose headers all put the same corner to the same place, as pooled cohorts have it."""
+    whole, cut = body((60, 66, 45), seed=1), body((60, 66, 45), seed=2)[6:52, 16:60, 2:]
+    fixed, moving = (
+        write_scan(tmp_path / f"{n}.nii", np.ascontiguousarray(v), upright()) for n, v in enumerate((whole, cut))
+    )
+    pair = read_pair(fixed, moving, (30, 34, 24), 4.0)
+    (note,) = pair.notes
+    assert note.startswith("start: centre, since the images agree better by it (mutual information")
+    files = [
+        write_scan(tmp_path / f"c{n}.nii", body((60 - 8 * (n % 2), 66, 45 - 6 * (n % 3)), seed=n), upright())
+        for n in range(6)
+    ]
+    start = choose_start(files, Target((30, 34, 24), 4.0))
+    assert start.kind == "centre" and "the images agree better" in start.notes[0]
+
+
+def test_mutual_information_of_known_images():
+    rng = np.random.default_rng(0)
+    one, noise = rng.random((20, 20, 20)), rng.random((20, 20, 20))
+    assert mutual_information(one, one) == pytest.approx(1)
+    assert mutual_information(one, 1 - one) == pytest.approx(1), "whatever the contrast"
+    assert mutual_information(one, noise) < 0.02
+    half = np.where(np.arange(20)[:, None, None] < 10, one, np.nan)
+    assert mutual_information(half, np.where(np.isnan(half), noise, one)) == pytest.approx(1), "where both are known"
+    assert mutual_information(one, np.full_like(one, np.nan)) == 0 and mutual_information(one, 0 * one) == 0
 
 
 def test_scans_without_an_orientation(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from small_params import fresh
-from test_train import ROOT, SETTINGS, run_training, same, weights_of  # noqa: F401: folder is a fixture
+from small_training import ROOT, SETTINGS, run_training, same, weights_of
 
 from study.cohorts.dataset import Preprocessed
 from study.config import params
@@ -24,7 +24,7 @@ ENVIRONMENT["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums depend on 
 
 
 @pytest.fixture
-def repository(folder, tmp_path) -> Path:  # noqa: F811
+def repository(folder, tmp_path) -> Path:
     """A params.yaml with a dataset that is preprocessed and two small runs."""
     path = fresh(tmp_path)
     values = params.load(path)
@@ -79,15 +79,17 @@ SEVERAL = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import test_train as t
+import small_training as t
 t.run_training(Path({folder!r}), None, Path({scratch!r}))
 """
 
 
-def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):  # noqa: F811
+def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):
     """Each draws pairs of its own, and both end with the same weights: those of the mean gradient."""
     script = tmp_path / "train.py"
-    script.write_text(SEVERAL.format(tests=str(ROOT / "tests"), folder=str(folder), scratch=str(tmp_path / "scratch")))
+    script.write_text(
+        SEVERAL.format(tests=str(ROOT / "tests" / "support"), folder=str(folder), scratch=str(tmp_path / "scratch"))
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = ENVIRONMENT | {"GRIDREG_DEVICES": "2"}
     done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=300)

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.accelerators import CPUAccelerator
 from lightning_fabric.strategies import SingleDeviceStrategy
 from pretend_gpu import GPU, Memory, Pretend
-from test_train import RUN, SETTINGS, run_training  # noqa: F401: folder is a fixture
+from small_training import RUN, SETTINGS, run_training
 
 from gridreg.explorer import registered as explorer
 from gridreg.network import GridReg
@@ -80,7 +80,7 @@ def gpu(monkeypatch):
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-def evaluated(folder: Path, run: dict, model: Path) -> pd.DataFrame:  # noqa: F811
+def evaluated(folder: Path, run: dict, model: Path) -> pd.DataFrame:
     """Every test pair at every grid, the control points of the chosen one refined."""
     network, grids, chosen, _ = load_run(run, model)
     return evaluate.evaluate(
@@ -97,7 +97,7 @@ def test_tensors_of_both_devices_do_not_mix(gpu):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_training_on_a_gpu_resumes_and_is_that_on_the_cpu(folder, tmp_path, gpu, monkeypatch, name):  # noqa: F811
+def test_a_training_on_a_gpu_resumes_and_is_that_on_the_cpu(folder, tmp_path, gpu, monkeypatch, name):
     settings = SETTINGS | {"steps": 4, "validate_every": 2}
     train_there = partial(
         run_training, folder, tmp_path / "gpu", tmp_path / "scratch", run=RUNS[name], settings=settings
@@ -116,7 +116,7 @@ def test_a_training_on_a_gpu_resumes_and_is_that_on_the_cpu(folder, tmp_path, gp
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"), rtol=1e-3)
 
 
-def test_what_is_made_of_sigma_comes_back_from_a_gpu(folder, gpu):  # noqa: F811
+def test_what_is_made_of_sigma_comes_back_from_a_gpu(folder, gpu):
     data, network = Preprocessed(folder), GridReg(base_channels=8, num_layers=4, bayesian=True)
     pair = next(uncertainty.uncertain_pairs(data, network, (4, 5, 3), "test"))
     assert all(np.isfinite(sigma).all() for sigma in pair.sigma_mm.values())

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -18,70 +17,18 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import SafetensorError
-from scipy import ndimage
+from small_training import ROOT, RUN, SETTINGS, SHAPE, SPACING, run_training, same, weights_of
 
 from gridreg import checkpoint
-from gridreg.checkpoint import load_model, read_tensors
+from gridreg.checkpoint import load_model
 from gridreg.errors import InputError
 from gridreg.network import Registration
-from gridreg.scans.volumes import write_field_mm, write_volume
+from gridreg.scans.volumes import write_volume
 from study.cohorts.dataset import Preprocessed
 from study.evaluation.evaluate import evaluate, load_run, summary
 from study.methods.table import build
 from study.training import train as training
 from study.training.devices import launch
-
-ROOT = Path(__file__).parents[2]
-SHAPE, SPACING = (20, 24, 18), 4.0
-RUN = {"method": "gridreg", "grids": [[3, 3, 3], [4, 5, 3]], "base_channels": 8, "num_layers": 4, "bayesian": False,
-       "upsampling": "trilinear", "projector": True}  # fmt: skip
-SETTINGS = {"steps": 12, "epochs": None, "batch": 2, "learning_rate": 2e-3, "beta2": 0.98, "bending": 1.0,
-            "validate_every": 4}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A preprocessed dataset of shifted blobs, with true deformations: a shift of the template for each subject."""
-    folder, rng = tmp_path_factory.mktemp("preprocessed"), np.random.default_rng(0)
-    affine = np.diag([SPACING] * 3 + [1.0])
-    texture = np.zeros((40, 40, 40))
-    texture[14:25, 13:28, 13:22], texture[18:26, 16:22, 15:20] = 0.6, 1.0  # a box with a brighter one to one side
-    texture = ndimage.gaussian_filter(texture, 2.0)
-    coordinates = np.indices(SHAPE).astype(float)
-    subjects, splits = {}, ["train"] * 16 + ["val"] * 2 + ["test"] * 6
-    for number, split in enumerate(splits):
-        name, shift = f"blob_{number:04d}_0000", rng.uniform(-1.5, 1.5, 3)
-        where = coordinates + shift[:, None, None, None] + 9
-        image = ndimage.map_coordinates(texture, where, order=1)
-        labels = (ndimage.map_coordinates(texture, where, order=1) > 0.3).astype(np.int16)
-        for kind in ("images", "labels", "truth"):
-            (folder / kind).mkdir(exist_ok=True)
-        write_volume(folder / "images" / f"{name}.nii.gz", image.astype(np.float32), affine)
-        write_volume(folder / "labels" / f"{name}.nii.gz", labels, affine)
-        field = np.broadcast_to(shift[:, None, None, None] * SPACING, (3, *SHAPE)).astype(np.float32)
-        write_field_mm(folder / "truth" / f"{name}.nii.gz", field, affine)
-        subjects[name] = {"split": split, "patient": name[:9], "label": True, "landmarks": False, "truth": True,
-                          "template": "blob", "to_source": np.eye(4).tolist()}  # fmt: skip
-    names = list(subjects)
-    pairs = {"train": [[a, b] for a in names[:16] for b in names[:16] if a != b], "val": [[names[16], names[17]]],
-             "test": [[a, b] for a, b in zip(names[18:], names[19:])]}  # fmt: skip
-    index = {"name": "blobs", "simulated": True, "shape": SHAPE, "spacing_mm": SPACING, "labels": {"1": "blob"},
-             "subjects": subjects, "pairs": pairs, "source": "a test"}  # fmt: skip
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
-
-
-def run_training(folder: Path, out: Path, scratch: Path, run=RUN, settings=SETTINGS, **weights):
-    weights = {"seed": 3, "similarity": "mse", "bending_weight": 100.0, "dice_weight": 0.1} | weights
-    return training.train(Preprocessed(folder), run, settings, out, scratch=scratch, **weights)
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(out / "model.safetensors")[0]
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_it_learns_and_every_method_is_evaluated_by_one_path(folder, tmp_path):
@@ -110,7 +57,7 @@ KILLED = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import test_train as t
+import small_training as t
 from study.training import train as training
 save = training.State.save
 def save_then_hang(self):
@@ -125,7 +72,7 @@ t.run_training(Path({folder!r}), Path({out!r}), Path({scratch!r}))
 
 def test_killed_in_the_middle_it_ends_with_the_same_weights(folder, tmp_path):
     run_training(folder, tmp_path / "whole", tmp_path / "scratch")
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(tmp_path / "killed"),
+    script = KILLED.format(tests=str(ROOT / "tests" / "support"), folder=str(folder), out=str(tmp_path / "killed"),
                            scratch=str(tmp_path / "scratch"))  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)

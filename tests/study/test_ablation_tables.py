@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from test_tables import COSTS, SETTING, make_cases
+from small_results import COSTS, MEANS, PARAMS, RUNS, SETTING, make_cases
 
 from study.benchmark.published import Costs
 from study.reporting import tables
@@ -16,15 +16,6 @@ from study.reporting.provenance import Setting
 from study.reporting.results import read_ablations
 from study.reporting.table_text import listing_lines, to_latex, to_markdown
 
-BASE = {"gridreg": {"method": "gridreg", "grids": [[10, 10, 10]]},
-        "keymorph": {"method": "keymorph", "keypoints": 32, "width": 4, "poolings": 2}}  # fmt: skip
-RUNS = {"default": {"of": "gridreg"}, "seed-2": {"of": "gridreg", "seed": 3}, "layers-4": {"of": "gridreg", "num_layers": 4},
-        "deconv": {"of": "gridreg", "upsampling": "deconv"}, "deep": {"of": "keymorph", "layers": 9}}  # fmt: skip
-PARAMS = {
-    "profile": "demo",
-    "ablation": {"dataset": "prostate", "steps": 200, "use": list(RUNS), "base": BASE, "runs": RUNS},
-}
-MEANS = {"default": 0.80, "seed-2": 0.81, "layers-4": 0.78, "deconv": 0.82, "deep": 0.70}
 ABLATED = Costs(pd.DataFrame({"parameters": [252_000.0], "memory_mb": [101.0], "seconds": [0.05]}, index=["default"]),
                 "128x128x102", "cpu", 2)  # fmt: skip
 INDEX = {"simulated": True}

@@ -25,8 +25,8 @@ from gridreg.spatial import warp
 from study.benchmark import cost
 from study.benchmark import measure as benchmark
 from study.benchmark.published import read_benchmark
-from study.benchmark.report import cost_figure, label, left_out, significant, to_markdown
 from study.methods import table as methods
+from study.reporting.benchmark import cost_figure, label, left_out, significant, to_markdown
 
 CPU = torch.device("cpu")
 SHAPES = [(20, 18, 17), (24, 20, 18)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from test_ablation_tables import MEANS
-from test_ablation_tables import PARAMS as ABLATIONS
-from test_tables import SETTING, blind_cases, make_cases
+from small_results import MEANS, SETTING, blind_cases, make_cases
+from small_results import PARAMS as ABLATIONS
 
 from study.benchmark.published import Costs
 from study.reporting import claims as module

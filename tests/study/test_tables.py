@@ -11,54 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from small_results import COSTS, LOSING, SETTING, SYN, blind_cases, make_cases
 
 from gridreg.errors import InputError
 from study.benchmark.published import Costs
 from study.reporting.paper_numbers import TABLE1, facing
-from study.reporting.provenance import Setting, syn_in_words
+from study.reporting.provenance import syn_in_words
 from study.reporting.results import dataset_label
 from study.reporting.table_text import latex_escape, lines, to_latex, to_markdown, write_table
 from study.reporting.tables import table1
-
-METHODS = {
-    "identity": "",
-    "gridreg-adaptive-refined": "10x10x10",
-    "ants-syn": "",
-    "voxelmorph": "",
-    "keymorph": "",
-    "gridreg-10": "10x10x10",
-    "gridreg-adaptive": "10x10x10",
-}
-SYN = {"method": "syn", "iterations": [9, 5, 0], "mask_margin": {"prostate": 6}}
-SETTING = Setting("demo", {"prostate": {"voxelmorph": (600, 4), "gridreg-adaptive": (900, 4)}}, "width 16_32",
-                  syn=syn_in_words(SYN, ["prostate", "brain"]))  # fmt: skip
-
-
-def make_cases(means: dict[str, float], dataset: str = "prostate", n: int = 6) -> pd.DataFrame:
-    """Every run has exactly the mean Dice asked for; spread and distances follow from it."""
-    rng, rows = np.random.default_rng(0), []
-    for run, mean in means.items():
-        spread = rng.normal(size=n) * 0.01
-        for case, dice in enumerate(mean + spread - spread.mean()):
-            rows.append(
-                {"dataset": dataset, "run": run, "method": "syn" if run == "ants-syn" else run.split("-")[0], "grid": METHODS[run], "chosen": True,
-                 "fixed": f"f{case}", "moving": f"m{case}", "dice": dice, "landmark_mm": 30 * (1 - dice),
-                 "mask_mm": 20 * (1 - dice), "tre_mm": 25 * (1 - dice), "tre_interior_mm": 26 * (1 - dice),
-                 "tre_boundary_mm": 24 * (1 - dice), "logdet_mean": 0.0, "logdet_std": 1 - dice,
-                 "folding_percent": 0.0, "nondiffeomorphic_percent": 0.0, "ncc": dice, "mse": 1 - dice, "labels_lost": 0,
-                 "landmarks_missing": 0, "seconds": 0.1 + 0.01 * case, "peak_mb": np.nan}
-            )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-COSTS = Costs(
-    pd.DataFrame({"parameters": [327_331, 251_000, 251_000], "memory_mb": [1029.0, 101.0, np.nan], "seconds": [0.8, 0.05, 0.06]},
-                 index=["voxelmorph", "gridreg-10", "gridreg-adaptive"]),
-    "128x128x102", "cpu (2 cores)", 2,
-)  # fmt: skip
-
-
-LOSING = {"identity": 0.55, "voxelmorph": 0.86, "gridreg-10": 0.82, "gridreg-adaptive": 0.80}
 
 
 def make_table(means=LOSING, skipped=None, index=None, dataset="prostate"):
@@ -152,14 +113,6 @@ def test_the_smallest_deformation_is_not_best():
     moved = rows[rows["metric"].isin(["logdet_std", "folding_percent", "nondiffeomorphic_percent"])]
     assert moved.loc[moved["metric"] == "logdet_std", "mean"].nunique() > 1 and not moved["best"].any()
     assert any("not moving anything is perfect" in note for note in default_table().notes)
-
-
-def blind_cases() -> pd.DataFrame:
-    """Two cohorts, one of which has no labels, landmarks or truth."""
-    mine = make_cases({"identity": 0.5, "voxelmorph": 0.7, "gridreg-adaptive": 0.6}, "mine")
-    unknown = ["dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm"]
-    mine[unknown] = np.nan
-    return pd.concat([make_cases(LOSING), mine], ignore_index=True)
 
 
 def test_without_labels_the_images_are_compared_and_accuracy_is_said_to_be_unknown():

@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridreg import fast
 from gridreg.attention import CHANNELS, HEADS, CrossAttention, grid_encoding, neighbourhoods, readers
+from gridreg.encoder import EncoderLayer
+from gridreg.matching import MatchingEncoder
 from gridreg.spatial import Shape, check_grid_size, check_volume
 from gridreg.upsampling import METHODS, apply_channels_last, basis, bounded, upsample
 
 WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # encoder widths in base channels; they give the paper's parameter count
 STRIDED_LAYERS = 4  # later layers keep the resolution
 LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
+ENCODERS = ("pair", "match")
 LOG_VARIANCE_RANGE = (-14.0, 0.0)  # σ lies between a thousandth of half the image and half the image
 
 
@@ -35,18 +37,6 @@ class Registration:
     displacement: Tensor
     control_points: Tensor | None = None
     sigma: Tensor | None = None
-
-
-class EncoderLayer(nn.Module):
-    """Conv3d 3×3×3 → InstanceNorm (as groups of one channel: that is faster) → bias, which it would cancel before → ReLU."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
-        super().__init__()
-        self.conv = nn.Conv3d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-        self.bias = nn.Parameter(torch.zeros(channels_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(F.group_norm(self.conv(x), len(self.bias), torch.ones_like(self.bias), self.bias), inplace=True)
 
 
 def level_grid(grid_size: Shape, shape: Shape, whole: bool = False) -> Shape:
@@ -114,6 +104,8 @@ class GridReg(nn.Module):
     upsampling     "trilinear", "bspline" or "deconv" (paper, section 3.2)
     projector      False feeds the coarsest level alone to the decoder (Table 3, config 5)
     fold_free      bound the control points so that the field cannot fold (``upsampling.bounded``); "bspline" only
+    encoder        "pair", the paper's, sees both images at once; "match" finds correspondences (``matching``)
+    passes         how often "match" warps the moving image by what it has found and adds to it; may change after training
     """
 
     def __init__(
@@ -124,6 +116,8 @@ class GridReg(nn.Module):
         upsampling: str = "trilinear",
         projector: bool = True,
         fold_free: bool = False,
+        encoder: str = "pair",
+        passes: int = 1,
     ):
         super().__init__()
         if not 4 <= num_layers <= len(WIDTHS):
@@ -132,13 +126,22 @@ class GridReg(nn.Module):
             raise ValueError(f"upsampling must be one of {', '.join(METHODS)}; found {upsampling!r}")
         if fold_free and upsampling != "bspline":
             raise ValueError(f"fold_free needs upsampling 'bspline', found {upsampling!r}")
-        self.upsampling, self.fold_free = upsampling, fold_free
+        if encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}; found {encoder!r}")
+        if passes < 1 or (passes > 1 and encoder == "pair"):
+            raise ValueError(f"passes must be at least 1, and more need encoder 'match'; found {passes}")
+        self.upsampling, self.fold_free, self.passes = upsampling, fold_free, passes
         widths = [2] + [base_channels * w for w in WIDTHS[:num_layers]]
-        self.encoder = nn.ModuleList(
-            EncoderLayer(widths[i], widths[i + 1], 2 if i < STRIDED_LAYERS else 1) for i in range(num_layers)
-        )
         self.layers = (num_layers, *LOCAL_LAYERS) if projector else (num_layers,)
-        self.decoder = nn.ModuleList(DecoderLevel(widths[layer], coarsest=layer == num_layers) for layer in self.layers)
+        if encoder == "match":
+            self.encoder = MatchingEncoder(widths[1:], self.layers)
+            channels = self.encoder.channels
+        else:
+            self.encoder = nn.ModuleList(
+                EncoderLayer(widths[i], widths[i + 1], 2 if i < STRIDED_LAYERS else 1) for i in range(num_layers)
+            )
+            channels = [widths[layer] for layer in self.layers]
+        self.decoder = nn.ModuleList(DecoderLevel(c, coarsest=n == num_layers) for c, n in zip(channels, self.layers))
         self.mean = nn.Linear(CHANNELS, 3)
         self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
         nn.init.normal_(
@@ -159,23 +162,56 @@ class GridReg(nn.Module):
         grid_size = check_grid_size(grid_size, shape)
         if max(shape) <= 2**STRIDED_LAYERS:
             raise ValueError(f"images must have more than {2**STRIDED_LAYERS} voxels on some axis, found {shape}")
-        features, x, y, at = {}, torch.cat([fixed, moving], dim=1), None, None
+        half = torch.tensor(shape, device=fixed.device)[:, None] / 2  # heads speak in half widths
+        if isinstance(self.encoder, MatchingEncoder):
+            control_points, y = self._match(fixed, moving, grid_size, half)
+        else:
+            y = self._decode(self._encode(fixed, moving), grid_size)
+            control_points = self._displace(y, half, grid_size)
+        with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
+            sigma = None
+            if self.log_variance is not None:
+                log_variance = self.log_variance(y.to(self.mean.weight.dtype)).transpose(1, 2)
+                sigma = ((log_variance.clamp(*LOG_VARIANCE_RANGE) / 2).exp() * half).unflatten(2, grid_size)
+            if self.fold_free:
+                control_points = bounded(control_points, shape)
+        return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)
+
+    def _encode(self, fixed: Tensor, moving: Tensor) -> dict[int, Tensor]:
+        """Features of both images together, by layer."""
+        features, x = {}, torch.cat([fixed, moving], dim=1)
         for layer, encode in enumerate(self.encoder, start=1):
             x = encode(x)
             if layer in self.layers:  # the others need not be kept
                 features[layer] = x
+        return features
+
+    def _decode(self, features: dict[int, Tensor], grid_size: Shape) -> Tensor:
+        """Y (B, G, CHANNELS) of every control point."""
+        y = at = None
         for layer, level in zip(self.layers, self.decoder):
             whole = level.coarsest or level is self.decoder[-1]
             here = level_grid(grid_size, features[layer].shape[2:], whole)
             y, at = level(features[layer], y, at, here), here
-        with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
-            y = y.to(self.mean.weight.dtype)
-            half = torch.tensor(shape, device=y.device)[:, None] / 2  # heads speak in half widths
-            control_points = (self.mean(y).transpose(1, 2) * half).unflatten(2, grid_size)
-            if self.fold_free:
-                control_points = bounded(control_points, shape)
-            sigma = None
-            if self.log_variance is not None:
-                log_variance = self.log_variance(y).transpose(1, 2).clamp(*LOG_VARIANCE_RANGE)
-                sigma = ((log_variance / 2).exp() * half).unflatten(2, grid_size)
-        return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)
+        return y
+
+    def _displace(self, y: Tensor, half: Tensor, grid_size: Shape) -> Tensor:
+        """Control points (B, 3, gw, gh, gd) in voxels, from Y."""
+        with torch.autocast(y.device.type, enabled=False):
+            return (self.mean(y.to(self.mean.weight.dtype)).transpose(1, 2) * half).unflatten(2, grid_size)
+
+    def _match(self, fixed: Tensor, moving: Tensor, grid_size: Shape, half: Tensor) -> tuple[Tensor, Tensor]:
+        """Control points of all passes in voxels, and Y of the last."""
+        shape = tuple(fixed.shape[2:])
+
+        def field(control_points: Tensor) -> Tensor:
+            return upsample(
+                bounded(control_points, shape) if self.fold_free else control_points, shape, self.upsampling
+            )
+
+        seen, control_points = self.encoder.look_at_fixed(fixed), fixed.new_zeros(len(fixed), 3, *grid_size)
+        for number in range(self.passes):
+            features, control_points = self.encoder(seen, moving, control_points, field, first=number == 0)
+            y = self._decode(features, grid_size)
+            control_points = control_points + self._displace(y, half, grid_size)
+        return control_points, y

@@ -1,0 +1,281 @@
+"""The matching encoder: it finds correspondences, and hands displacements to the decoder (not in the paper).
+
+The paper's encoder sees both images at once and has to express a displacement by features. Here each image goes alone
+through one shared encoder, and two steps compare the results:
+
+1. Matching. Every token of the fixed image attends to all tokens of the moving one, and the value that attention carries
+   is the position: token x with descriptor q(x) gets the displacement
+
+       d(x) = Σ_y A(x, y) (y - x),   A = softmax_y(t · q(x)·k(y) - |y - x|² / 2s²),
+
+   and the variance of y under A. Temperature t and reach s are learnt. An image matched with itself has d ≠ 0 near the
+   border, where all candidates lie on one side; that part is subtracted, so identical images give 0.
+2. Local least squares, for what is smaller than a voxel. With r = F - M∘φ the residual of the standardised images and g
+   their mean gradient, the displacement u of a window minimises Σ (r - g·u)² + λ |u|² (Lucas & Kanade 1981):
+
+       (Σ g gᵀ + λ I) u = Σ g r.
+
+   The inverse of the matrix is the covariance of u: an edge knows motion across it, not along it.
+
+Both steps end in normal equations of tokens, G u = b. ``fit`` solves them from wide windows to narrow ones with learnt
+damping λ. The decoder reads displacements, spreads and residuals beside the features of both images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gridreg import losses
+from gridreg.encoder import EncoderLayer
+from gridreg.spatial import Shape, warp
+from gridreg.upsampling import apply_along_axes, basis
+
+MOST_TOKENS = 4000  # that are matched with one another; more need a coarser lattice
+DESCRIPTOR = 32  # channels
+UNITS = 16  # to a width of the image: displacements of tokens come in these units
+STRIDES = (16, 8, 4)  # voxels between the tokens of the lattices, from wide windows to narrow ones
+SWEEPS = 2  # of ``fit`` over these lattices
+WINDOW = 15  # voxels; the cube in which images are standardised
+
+
+def lattice(shape: Shape, stride: int) -> Shape:
+    """Tokens along each axis, about ``stride`` voxels apart, corners included; at least two."""
+    return tuple(max(-(-n // stride), 2) for n in shape)
+
+
+def matching_lattice(shape: Shape) -> Shape:
+    """The finest lattice, from a quarter of the resolution on, with at most ``MOST_TOKENS`` tokens."""
+    stride = STRIDES[-1]
+    while math.prod(lattice(shape, stride)) > MOST_TOKENS and max(lattice(shape, stride)) > 2:
+        stride *= 2
+    return lattice(shape, stride)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is cached must serve a training too
+def reader(n: int, count: int, m: int, stride: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(m, count) weights that read values at voxels 0, stride, 2 stride … at m tokens between 0 and n - 1.
+
+    Linear interpolation, its hat widened to the distance between tokens where that is larger: no value goes unseen.
+    """
+    distance = torch.linspace(0, n - 1, m, dtype=torch.float64)[:, None] - stride * torch.arange(count)
+    width = max(stride, (n - 1) / (m - 1))
+    weights = (1 - distance.abs() / width).clamp(min=0)
+    beyond = weights.sum(1) == 0  # tokens after the last value read the last value
+    weights[beyond, -1] = 1
+    return (weights / weights.sum(1, keepdim=True)).to(device, dtype)
+
+
+def read(values: Tensor, shape: Shape, tokens: Shape, stride: int = 1) -> Tensor:
+    """Values (B, C, a, b, c), a voxel or ``stride`` voxels of an image of ``shape`` apart, at the tokens of a lattice."""
+    where = (values.device, values.dtype)
+    matrices = [reader(n, a, m, stride, *where) for n, a, m in zip(shape, values.shape[2:], tokens)]
+    return apply_along_axes(values, matrices)
+
+
+def resample(values: Tensor, tokens: Shape) -> Tensor:
+    """Values of one lattice at the tokens of another: means over windows, or linear interpolation."""
+    if tuple(values.shape[2:]) == tokens:
+        return values
+    where = (values.device, values.dtype)
+    matrices = [
+        basis(m, a, "trilinear", *where) if m >= a else reader(a, a, m, 1, *where)
+        for a, m in zip(values.shape[2:], tokens)
+    ]
+    return apply_along_axes(values, matrices)
+
+
+# ---- Symmetric 3×3 matrices, (B, 6, ...): xx, xy, xz, yy, yz, zz --------------------------------------------------
+
+
+def diagonal(values: Tensor) -> Tensor:
+    """(B, 3, ...) diagonals as matrices."""
+    x, y, z = values.unbind(1)
+    zero = torch.zeros_like(x)
+    return torch.stack([x, zero, zero, y, zero, z], dim=1)
+
+
+def product(matrix: Tensor, u: Tensor) -> Tensor:
+    """Matrix (B, 6, ...) times vector (B, 3, ...)."""
+    xx, xy, xz, yy, yz, zz = matrix.unbind(1)
+    x, y, z = u.unbind(1)
+    return torch.stack([xx * x + xy * y + xz * z, xy * x + yy * y + yz * z, xz * x + yz * y + zz * z], dim=1)
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Inverse (B, 6, ...) of positive definite matrices, by cofactors."""
+    xx, xy, xz, yy, yz, zz = matrix.unbind(1)
+    cofactors = [yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy,
+                 xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy]  # fmt: skip
+    determinant = xx * cofactors[0] + xy * cofactors[1] + xz * cofactors[2]
+    return torch.stack(cofactors, dim=1) / determinant[:, None]
+
+
+def fit(matrix: Tensor, right: Tensor, shape: Shape, damping: Tensor) -> Tensor:
+    """A smooth displacement u with G u ≈ b: damped least squares over wide windows, then over narrower ones.
+
+    matrix   (B, 6, a, b, c) G of the tokens; right (B, 3, a, b, c) b
+    shape    of the image, from which the lattices of ``STRIDES`` follow
+    damping  (SWEEPS, len(STRIDES)) λ > 0
+    returns  (B, 3, a, b, c)
+    """
+    tokens, u = tuple(right.shape[2:]), torch.zeros_like(right)
+    identity = diagonal(torch.ones_like(right[:1, :, :1, :1, :1]))
+    for each in damping:
+        for stride, weight in zip(STRIDES, each):
+            windows = lattice(shape, stride)
+            windows = tuple(min(w, t) for w, t in zip(windows, tokens))
+            of_windows = resample(torch.cat([matrix, right - product(matrix, u)], dim=1), windows)
+            damped = inverse(of_windows[:, :6] + weight * identity)
+            u = u + resample(product(damped, of_windows[:, 6:]), tokens)
+    return u
+
+
+def standardised(image: Tensor, floor: Tensor) -> Tensor:
+    """The image minus its mean, over its standard deviation, in a cube of ``WINDOW`` voxels around each voxel.
+
+    Gain and bias are gone. ``floor`` is added to the deviation, in deviations of the whole image, so that the noise of
+    flat regions stays small.
+    """
+    whole = image.flatten(1).std(1).clamp(min=1e-6).view(-1, 1, 1, 1, 1)
+    image = image / whole
+    means = [losses._window_means(n, WINDOW, image.device, image.dtype) for n in image.shape[2:]]
+    mean, square = apply_along_axes(torch.cat([image, image * image], dim=1), means).split(1, 1)
+    return (image - mean) * ((square - mean * mean).clamp(min=0) + floor * floor).rsqrt()
+
+
+def gradient(image: Tensor) -> Tensor:
+    """(B, 1, W, H, D) → (B, 3, W, H, D), central differences a voxel."""
+    return torch.stack(torch.gradient(image[:, 0], dim=(1, 2, 3)), dim=1)
+
+
+@dataclass
+class Seen:
+    """What the encoder keeps of an image.
+
+    image        (B, 1, W, H, D), standardised for the least squares
+    features     of the layers that the decoder reads, at their lattices
+    descriptors  (B, N, DESCRIPTOR) unit vectors of the tokens that are matched
+    own          what ``attend`` finds of the image in itself; of the fixed image alone
+    """
+
+    image: Tensor
+    features: dict[int, Tensor]
+    descriptors: Tensor
+    own: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+class MatchingEncoder(nn.Module):
+    """Shared encoder of each image, matching, and local least squares. See the module.
+
+    widths   channels of the encoder's layers, as the paper's; the first four have stride 2
+    layers   numbers of the layers that the decoder reads, coarse to fine: the last, 3, 2
+    """
+
+    def __init__(self, widths: list[int], layers: tuple[int, ...]):
+        super().__init__()
+        sizes = [1, *widths]
+        self.layers = layers
+        self.encoder = nn.ModuleList(
+            EncoderLayer(sizes[i], sizes[i + 1], 2 if i < 4 else 1) for i in range(len(widths))
+        )
+        self.described = (2, 3, len(widths))
+        self.describe = nn.Linear(sum(widths[layer - 1] for layer in self.described), DESCRIPTOR)
+        self.log_temperature = nn.Parameter(torch.tensor(2.5))
+        self.log_reach = nn.Parameter(torch.tensor(1.5))
+        self.log_floor = nn.Parameter(torch.tensor(-1.6))
+        self.log_damping_matched = nn.Parameter(torch.tensor([[-3.0, -2.0, -1.0]]).repeat(SWEEPS, 1))
+        self.log_damping = nn.Parameter(torch.tensor([[-6.0, -4.6, -3.2]]).repeat(SWEEPS, 1))
+        self.gain = nn.Parameter(torch.tensor([0.5, 1.0]))
+        self.channels = [2 * widths[layer - 1] + (14 if layer == layers[-1] else 7) for layer in layers]
+
+    def look_at_fixed(self, fixed: Tensor) -> Seen:
+        """Encode the fixed image (B, 1, W, H, D): once, for all passes."""
+        seen = self.look(fixed)
+        seen.own = self.attend(seen.descriptors, seen.descriptors, matching_lattice(tuple(fixed.shape[2:])))
+        return seen
+
+    def look(self, image: Tensor) -> Seen:
+        """Encode one image (B, 1, W, H, D)."""
+        shape, features, x = tuple(image.shape[2:]), {}, image
+        for layer, encode in enumerate(self.encoder, start=1):
+            x = encode(x)
+            if layer in self.layers or layer in self.described:
+                features[layer] = x.to(image.dtype)
+        stride = {layer: 2 ** min(layer, 4) for layer in features}
+        tokens = matching_lattice(shape)
+        described = [read(features[layer], shape, tokens, stride[layer]) for layer in self.described]
+        descriptors = self.describe(torch.cat(described, dim=1).flatten(2).transpose(1, 2))
+        features = {n: read(features[n], shape, lattice(shape, stride[n]), stride[n]) for n in self.layers}
+        return Seen(standardised(image, self.log_floor.exp()), features, F.normalize(descriptors, dim=-1))
+
+    def attend(self, fixed: Tensor, moving: Tensor, tokens: Shape) -> tuple[Tensor, Tensor, Tensor]:
+        """Expected position and its variance (B, 3, *tokens) in ``UNITS``, and expected similarity (B, 1, *tokens)."""
+        axes = [torch.linspace(-UNITS / 2, UNITS / 2, n, device=fixed.device, dtype=fixed.dtype) for n in tokens]
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2).expand(len(fixed), -1, -1)
+        near = (
+            -2 * self.log_reach
+        ).exp()  # 1 / s²; |y - x|² splits into products, so that attention has it for nothing
+        query = torch.cat([fixed * self.log_temperature.exp(), place * near, torch.ones_like(place[..., :1])], dim=-1)
+        key = torch.cat([moving, place, -place.square().sum(-1, keepdim=True) * near / 2], dim=-1)
+        value = torch.cat([place, place.square(), moving], dim=-1)
+        width = max(query.shape[-1], value.shape[-1])
+        query, key, value = (F.pad(x, (0, width - x.shape[-1]))[:, None] for x in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
+        mean, square = found[..., :3], found[..., 3:6]
+        similarity = (fixed * found[..., 6 : 6 + DESCRIPTOR]).sum(-1, keepdim=True)
+        variance = (square - mean.square()).clamp(min=0)
+        return tuple(x.transpose(1, 2).unflatten(2, tokens) for x in (mean, variance, similarity))
+
+    def forward(
+        self, fixed: Seen, moving: Tensor, control_points: Tensor, field: Callable[[Tensor], Tensor], first: bool
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """One pass: what the decoder reads, by layer, and the control points (B, 3, gw, gh, gd) in voxels so far.
+
+        fixed           what ``look_at_fixed`` saw
+        moving          (B, 1, W, H, D) in [0, 1]
+        control_points  (B, 3, gw, gh, gd) of the passes before, in voxels; zeros in the ``first`` one
+        field           control points → displacement (B, 3, W, H, D)
+        """
+        shape, grid_size = tuple(moving.shape[2:]), tuple(control_points.shape[2:])
+        unit = torch.tensor([(n - 1) / UNITS for n in shape], device=moving.device).view(3, 1, 1, 1)  # voxels
+        tokens, fine = matching_lattice(shape), lattice(shape, STRIDES[-1])
+
+        seen = self.look(moving if first else warp(moving, field(control_points)))
+        mean, variance, similarity = self.attend(fixed.descriptors, seen.descriptors, tokens)
+        own, _, own_similarity = fixed.own
+        found = mean - own
+        weight = 1 / (variance + 0.1)
+        matched = fit(diagonal(weight), weight * found, shape, self.log_damping_matched.exp())
+        control_points = control_points + self.gain[0] * resample(matched, grid_size) * unit
+
+        warped = standardised(warp(moving, field(control_points)), self.log_floor.exp())
+        residual, slope = fixed.image - warped, gradient((fixed.image + warped) / 2)
+        x, y, z = slope.split(1, 1)
+        products = torch.cat([x * slope, y * slope[:, 1:], z * z, residual * slope, residual.square()], dim=1)
+        products = read(products, shape, fine)
+        matrix, right, cost = products.split([6, 3, 1], dim=1)
+        damping = self.log_damping.exp()
+        local = fit(matrix, right, shape, damping)
+        known = inverse(matrix + damping[-1, -1] * diagonal(torch.ones_like(right)))[:, [0, 3, 5]]
+        spread = (known * damping[-1, -1]).sqrt()  # 1 where nothing is known
+        control_points = control_points + self.gain[1] * resample(local, grid_size)
+
+        wide = torch.cat([found, (variance + 1e-4).sqrt(), own_similarity - similarity], dim=1)
+        narrow = torch.cat([local / unit, spread, cost], dim=1)
+        read_by_decoder = {}
+        for layer in self.layers:
+            here = fixed.features[layer], seen.features[layer]
+            size = tuple(here[0].shape[2:])
+            parts = [*here, resample(wide, size)]
+            if layer == self.layers[-1]:
+                parts.append(resample(narrow, size))
+            read_by_decoder[layer] = torch.cat(parts, dim=1)
+        return read_by_decoder, control_points

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, create_model
-from pydantic_core import PydanticUndefined
 
 
 class Section(BaseModel):
@@ -249,4 +248,4 @@ RUNS: dict[str, type[Section]] = {
 def defaults(method: str) -> dict[str, Any]:
     """The settings of a method that have a default, with it."""
     fields = METHODS[method].model_fields
-    return {name: field.get_default() for name, field in fields.items() if field.default is not PydanticUndefined}
+    return {name: field.get_default() for name, field in fields.items() if not field.is_required()}

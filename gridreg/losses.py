@@ -46,20 +46,28 @@ def _window_means(n: int, window: int, device: torch.device, dtype: torch.dtype)
     return (inside / inside.sum(1, keepdim=True)).to(device, dtype)
 
 
-def ncc_loss(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
-    """Minus the squared local normalised cross-correlation of two (B, 1, W, H, D) images: a scalar in [-1, 0].
+def squared_local_ncc(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
+    """cov² / (var · var) in the cube of ``window`` (odd) voxels around every voxel, (B, W, H, D), each in [0, 1].
 
-    Mean over all voxels of cov² / (var · var) in the cube of ``window`` (odd) voxels around each; at the border, in the
-    part of the cube that lies inside the image. It ignores gain, bias and slow changes of contrast, which the MSE does
-    not. A cube with less variance than ``FLAT_VARIANCE`` of the whole image's counts as flat, and its score tends to 0:
-    it holds only noise to correlate.
+    fixed, warped (B, 1, W, H, D). At the border the part of the cube counts that lies inside the image. A cube with less
+    variance than ``FLAT_VARIANCE`` of the whole image's counts as flat, and its score tends to 0: it holds only noise to
+    correlate.
     """
     fixed, warped = _standardised(fixed), _standardised(warped)
     means = [_window_means(n, window, fixed.device, fixed.dtype) for n in fixed.shape[2:]]
     products = [fixed, warped, fixed * fixed, warped * warped, fixed * warped]
     f, w, ff, ww, fw = apply_along_axes(torch.cat(products, dim=1), means).unbind(1)
     variances = [(square - mean * mean).clamp(min=0) + FLAT_VARIANCE for mean, square in ((f, ff), (w, ww))]
-    return -((fw - f * w).square() / (variances[0] * variances[1])).mean()
+    return (fw - f * w).square() / (variances[0] * variances[1])
+
+
+def ncc_loss(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
+    """Minus the squared local normalised cross-correlation of two (B, 1, W, H, D) images: a scalar in [-1, 0].
+
+    The mean of ``squared_local_ncc`` over all voxels. It ignores gain, bias and slow changes of contrast, which the MSE
+    does not. MONAI's loss counts zeros around the image, so that its border depends on the bias.
+    """
+    return -squared_local_ncc(fixed, warped, window).mean()
 
 
 def global_ncc_loss(fixed: Tensor, warped: Tensor) -> Tensor:

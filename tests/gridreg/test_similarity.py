@@ -19,6 +19,7 @@ from gridreg.losses import (
     mi_loss,
     ncc_loss,
     similarity_loss,
+    squared_local_ncc,
 )
 
 SHAPE = (9, 12, 15)
@@ -50,6 +51,20 @@ def test_local_ncc_is_that_of_scipy(window):
     expected = np.mean([reference_ncc(*pair, window) for pair in pairs])
     assert -0.9 < expected < -0.1
     assert ncc_loss(fixed, warped, window).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_local_ncc_is_monais_inside_the_image(window):
+    """MONAI pads with zeros: at the border its value depends on the bias, and ours does not."""
+    from monai.losses import LocalNormalizedCrossCorrelationLoss
+
+    fixed = torch.rand(2, 1, *SHAPE)
+    warped = 0.5 * fixed + 0.4 * torch.rand(2, 1, *SHAPE)
+    monai = LocalNormalizedCrossCorrelationLoss(kernel_size=window, smooth_nr=0, reduction="none")
+    expected, found = -monai(warped, fixed)[:, 0], squared_local_ncc(fixed, warped, window)
+    inside = (slice(None), *[slice(window // 2, -(window // 2))] * 3)
+    torch.testing.assert_close(found[inside], expected[inside], rtol=5e-3, atol=1e-4)
+    assert (found - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", [ncc_loss, global_ncc_loss])

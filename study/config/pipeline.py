@@ -29,7 +29,10 @@ HEADER = """\
 # Written by `make repro` from params.yaml, for dvc.yaml: the cohorts whose folder was found, and what is run on them.
 # Do not edit. Without make: python -m study.config.pipeline
 """
-PREPROCESS = ("path", "shape", "spacing_mm", "affine_reference", "labels", "max_subjects", "max_pairs")
+PREPROCESS = (
+    "path", "shape", "spacing_mm", "affine_reference", "start", "window", "padding_value", "nan", "labels", "max_subjects",
+    "max_pairs",
+)  # fmt: skip
 SECTIONS = ("profile", "seed", "use", "datasets", "runs", "evaluate", "ablation", "false_correspondence", "benchmark")
 
 

@@ -34,6 +34,12 @@ def _plain_path(path: str) -> str:
     return path
 
 
+def _rising(window: list[float]) -> list[float]:
+    if not window[0] < window[1]:
+        raise ValueError("the first is not below the second")
+    return window
+
+
 def _above_16(shape: list[int]) -> list[int]:
     if max(shape) <= 16:
         raise ValueError("too small for the networks")
@@ -57,6 +63,9 @@ Size = Annotated[list[Two], Field(min_length=3, max_length=3), Expected("three w
 Sizes = Annotated[list[Size], Field(min_length=1), Expected("a list of sizes, each three whole numbers of at least 2")]
 Shape = Annotated[Size, AfterValidator(_above_16),
                   Expected("three whole numbers of at least 2, the largest above 16")]  # fmt: skip
+Window = Annotated[
+    list[float], Field(min_length=2, max_length=2), AfterValidator(_rising), Expected("two numbers, the lower first")
+]
 Labels = Annotated[list[Count], Field(min_length=1), Expected("a list of label numbers of at least 1")]
 MultipleOf4 = Annotated[int, Field(ge=4, multiple_of=4), Expected("a multiple of 4")]
 OneOrTwo = Annotated[int, Field(ge=1, le=2), Expected("a whole number from 1 to 2")]
@@ -87,6 +96,12 @@ class Dataset(Section):
     shape: Shape  # voxels after preprocessing
     spacing_mm: Positive  # mm, isotropic, after preprocessing
     affine_reference: PathText | None = None  # mni152 or an image file to which every scan is aligned first; null: none
+    # Where scans lie before registration: at their headers' places, centre on centre, or aligned to affine_reference.
+    # null: affine with a reference, else headers where all scans state an orientation and overlap, else centre
+    start: Literal["headers", "centre", "affine"] | None = None
+    window: Window | None = None  # stored intensities (HU for CT) that become 0 and 1; null: percentiles of the scan
+    padding_value: float | None = None  # stored intensity of voxels that were not measured; null: none
+    nan: Literal["refuse", "background"] = "refuse"  # what a NaN voxel is
     labels: Labels | None = None  # numbers of the labels to use; null: every label of dataset.json
     max_subjects: Two | None = None  # at most so many of each split; null: all
     max_pairs: Count | None = None  # at most so many of each split; null: all

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from gridreg.errors import InputError
+from study import ROOT
 from study.benchmark.published import Costs, reductions
 from study.reporting.paper_numbers import PAPER_DATASETS
 from study.reporting.results import in_order, pairs_in_words, run_label
@@ -159,7 +160,9 @@ def made_with(params: Mapping[str, Any], budgets: pd.DataFrame, folders: Iterabl
 
 
 def data_hashes(
-    params: Mapping[str, Any], results: Path | str = "results/preprocess", pointer: Path | str = "data.dvc"
+    params: Mapping[str, Any],
+    results: Path | str = ROOT / "results/preprocess",
+    pointer: Path | str = ROOT / "data.dvc",
 ) -> dict[str, str]:
     """Dataset → where it comes from, and the SHA-256 of its preprocessed images and labels."""
     known = re.search(r"md5: (\S+)", Path(pointer).read_text()) if Path(pointer).is_file() else None

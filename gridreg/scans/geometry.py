@@ -38,6 +38,7 @@ class Geometry:
     shape     (W, H, D) as stored
     oriented  whether the file says which side is which
     notes     a sentence for whatever the header leaves open or says twice
+    stated    every matrix that the header states, as it stands, whichever was taken
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Geometry:
     shape: tuple[int, int, int]
     oriented: bool = True
     notes: tuple[str, ...] = ()
+    stated: tuple[np.ndarray, ...] = ()
 
     @property
     def centre(self) -> np.ndarray:
@@ -97,6 +99,7 @@ def geometry_of(path: Path, image: nibabel.spatialimages.SpatialImage) -> Geomet
             raise _unusable(path)
         affine = np.diag([*(RAS_TO_LPS * sizes * scale), 1.0])
         return Geometry(path, affine, shape, False, (*notes, _not_oriented(path)))
+    stated = tuple(forms.values())
     name, matrix = _chosen(forms, codes[0])
     if len(forms) == 2:
         notes += _difference(path, forms, name, codes, shape, scale)
@@ -112,7 +115,7 @@ def geometry_of(path: Path, image: nibabel.spatialimages.SpatialImage) -> Geomet
         matrix[:3, :3] *= sizes / lengths
     if scale != 1:
         matrix = np.diag([scale, scale, scale, 1.0]) @ matrix
-    return Geometry(path, matrix, shape, True, tuple(notes))
+    return Geometry(path, matrix, shape, True, tuple(notes), stated)
 
 
 def check_orientations(geometries: list[Geometry]) -> None:

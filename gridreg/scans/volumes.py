@@ -12,6 +12,7 @@ import gzip
 import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from shutil import copyfileobj
 
@@ -86,8 +87,8 @@ def read_labels(
     without any (kept) label. With ``keep``, values that are not kept may be anything. nan: "background" takes NaN for 0.
     """
     volume = _read(Path(path), np.float64)
-    check_same_grid(volume, image)
-    data, notes = volume.data, volume.geometry.notes
+    notes = volume.geometry.notes + check_same_grid(volume, image)
+    data = volume.data
     if nan == "background":
         data = np.nan_to_num(data, nan=0.0)
     labels = np.rint(data)
@@ -117,22 +118,35 @@ def read_labels(
     return labels, notes
 
 
-def check_same_grid(volume: Volume, image: Volume) -> None:
-    """Refuse a label map that does not lie on its image's voxels (shape and affine)."""
+def check_same_grid(volume: Volume, image: Volume) -> tuple[str, ...]:
+    """Refuse a label map that does not lie on its image's voxels (shape and affine); notes on it.
+
+    A map may state one of the two forms of an image alone, as many programs write it: that is a note and no refusal.
+    """
+    ours, theirs = volume.geometry, image.geometry
     if volume.data.shape != image.data.shape:
         raise InputError(
-            f"{volume.path}: found the shape {times(volume.geometry.shape)}, "
-            f"expected {times(image.geometry.shape)} as in {image.path}."
+            f"{ours.path}: found the shape {times(ours.shape)}, expected {times(theirs.shape)} as in {theirs.path}."
         )
-    if not (volume.geometry.oriented or image.geometry.oriented):
-        return  # both by voxel alone
-    at = corners(volume.data.shape)
+    if not (ours.oriented or theirs.oriented):
+        return ()  # both by voxel alone
+    at, allowed = corners(volume.data.shape), CORNER_TOLERANCE * image.spacing.min()
     apart = np.abs(apply_affine(volume.affine, at) - apply_affine(image.affine, at)).max()
-    if apart > CORNER_TOLERANCE * image.spacing.min():
-        raise InputError(
-            f"{volume.path}: found an affine that puts its corners {apart:.3g} mm away from those of "
-            f"{image.path}, expected the same affine."
+    if apart <= allowed:
+        return ()
+    if ours.shape == theirs.shape and nibabel.aff2axcodes(ours.affine) == nibabel.aff2axcodes(theirs.affine):
+        allowed = CORNER_TOLERANCE * min(
+            np.linalg.norm(form[:3, :3], axis=0).min() for form in (*theirs.stated, np.eye(4))
         )
+        at = corners(ours.shape)
+        for one, other in product((*ours.stated, ours.affine), (*theirs.stated, theirs.affine)):
+            if np.abs(apply_affine(one, at) - apply_affine(other, at)).max() <= allowed:
+                return (f"{ours.path}: lies {apart:.3g} mm away from {theirs.path} as both are read, but states the affine of one "
+                        "of its forms; it is taken to lie on the same voxels",)  # fmt: skip
+    raise InputError(
+        f"{ours.path}: found an affine that puts its corners {apart:.3g} mm away from those of "
+        f"{theirs.path}, expected the same affine."
+    )
 
 
 def write_volume(path: Path | str, data: np.ndarray, affine: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from small_scans import body, moved, upright, write_scan
 
 from gridreg.errors import InputError
 from gridreg.scans.geometry import apply_affine
-from gridreg.scans.volumes import read_geometry, read_image, write_field_mm, write_volume
+from gridreg.scans.volumes import read_geometry, read_image, read_labels, write_field_mm, write_volume
 
 DATA = body((8, 9, 7))
 UPRIGHT = upright()
@@ -155,3 +155,24 @@ def test_positions_do_not_depend_on_the_stored_order(tmp_path):
     np.testing.assert_allclose(volume.affine, UPRIGHT)
     assert volume.geometry.shape == (9, 7, 8)
     np.testing.assert_allclose(volume.geometry.centre, apply_affine(UPRIGHT, (np.array(DATA.shape) - 1) / 2))
+
+
+def test_a_label_map_may_state_one_form_of_its_image_alone(tmp_path):
+    """An image with two forms, of which ITK reads the qform; its labels were written with the sform, by nibabel."""
+    sform = moved(UPRIGHT, 12, -7, 5)
+    image = read_image(write_scan(tmp_path / "image.nii", DATA, sform, UPRIGHT, (2, 1)))
+    labels = (DATA > 300).astype(np.uint8)
+    for affine in (sform, UPRIGHT):
+        nibabel.save(nibabel.Nifti1Image(labels, affine), tmp_path / "labels.nii")
+        found, notes = read_labels(tmp_path / "labels.nii", image)
+        assert np.array_equal(found, labels) and bool(notes) is (affine is sform)
+    nibabel.save(nibabel.Nifti1Image(labels, moved(sform, 5, 0, 0)), tmp_path / "labels.nii")
+    with pytest.raises(InputError, match="expected the same affine"):
+        read_labels(tmp_path / "labels.nii", image)
+    micron = read_image(write_scan(tmp_path / "micron.nii", DATA, upright((25, 25, 25)), units="micron"))
+    nibabel.save(nibabel.Nifti1Image(labels, upright((25, 25, 25))), tmp_path / "labels.nii")  # the unit got lost
+    found, (note,) = read_labels(tmp_path / "labels.nii", micron)
+    assert np.array_equal(found, labels) and "it is taken to lie on the same voxels" in note
+    nibabel.save(nibabel.Nifti1Image(labels, None), tmp_path / "labels.nii")
+    with pytest.raises(InputError, match="expected the same affine"):
+        read_labels(tmp_path / "labels.nii", image)

@@ -22,7 +22,7 @@ from study.benchmark.memory import MB
 from study.cohorts.dataset import Preprocessed
 from study.evaluation import evaluate, uncertainty
 from study.evaluation.evaluate import load_run
-from study.training import train
+from study.training import fingerprint, train
 
 GRIDREG = RUN | {"grids": [[3, 3, 3], [4, 5, 3]]}
 RUNS = {
@@ -68,6 +68,7 @@ class Accelerator(CPUAccelerator):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(train, "launch", lambda: Fabric(strategy=SingleDeviceStrategy(GPU, Accelerator())))
+    monkeypatch.setattr(fingerprint, "check", lambda names: {})  # of the code on the CPU, whatever the device
     # in inference mode tensors of Python's making cannot be views
     for module, name in ((evaluate, "register"), (uncertainty, "register"), (explorer, "register_pair")):
         monkeypatch.setattr(module, name, torch.no_grad()(getattr(module, name).__wrapped__))

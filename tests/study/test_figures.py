@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -16,6 +18,8 @@ import pytest
 from gridreg.errors import InputError
 from gridreg.explorer import style
 from gridreg.explorer.slices import AXIAL_LETTERS, VIEWS, central_voxel, show_deformed_grid, show_slice, slice_of
+from gridreg.scans.pair import Pair
+from study.evaluation.evaluate import save_pictures
 from study.reporting.figures import grid_sizes, landmarks, training
 from study.reporting.figures import registrations as panels
 from study.reporting.figures.landmarks import landmark_figure
@@ -163,6 +167,36 @@ def test_registration_figure_refuses_what_it_cannot_show(tmp_path):
         panels.figure5(tmp_path / "f", [case], ["voxelmorph"], (1, 1, 1))
     plt.close("all")
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_an_evaluation_are_read_back_for_the_pairs_that_every_run_has(tmp_path):
+    image, labels = make_volume()
+    affine = np.diag([2.0, 2, 2, 1])
+    pair = Pair("p", image, image, affine, 2.0, (Path("f"), Path("m")), (np.eye(4),) * 2, (labels, labels))
+    field = np.full((3, *SHAPE), 1.5, np.float32)
+    for run, moving in (("voxelmorph", "m1"), ("voxelmorph", "m2"), ("gridreg-adaptive", "m1")):
+        save_pictures(tmp_path / run / "pictures" / f"f__{moving}", pair, image, field)
+    rows = [("f", m, run, 0.5, 1.0, 2.0) for m in ("m1", "m2") for run in ("voxelmorph", "gridreg-adaptive")]
+    cases = pd.DataFrame(rows, columns=["fixed", "moving", "run", "dice", "tre_mm", "landmark_mm"])
+    data = SimpleNamespace(
+        pairs=lambda split: [("f", "m1"), ("f", "m2")], image=lambda _: image, labels=lambda _: labels
+    )
+    (case,) = panels.pictured_cases(data, tmp_path, ["voxelmorph", "gridreg-adaptive"], cases)
+    warped, warped_labels, displacement = case["methods"]["voxelmorph"]
+    assert case["pair"] == ("f", "m1") and case["scores"]["voxelmorph"] == {
+        "dice": 0.5,
+        "tre_mm": 1.0,
+        "landmark_mm": 2.0,
+    }
+    np.testing.assert_array_equal(warped, image)
+    np.testing.assert_allclose(displacement, field, atol=1e-5)
+    assert warped_labels.dtype == np.int16 and set(np.unique(warped_labels)) == {0, 1}
+
+
+def test_pictured_are_every_other_method_and_the_main_run():
+    methods = {run: run.split("-")[0] for run in RUN_LABELS}
+    cases = pd.DataFrame({"run": list(methods), "method": list(methods.values())})
+    assert panels.pictured_runs(cases) == ["ants-syn", "voxelmorph", "transmorph", "keymorph", "gridreg-adaptive"]
 
 
 def test_right_is_on_the_left_and_front_is_up():

@@ -1,10 +1,8 @@
-"""How a training uses the machine: devices, nodes and precision from environment variables, and the allocator."""
+"""How a training uses the machine: devices, nodes and precision, from environment variables."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import sys
 
 from gridreg.devices import device
@@ -17,15 +15,6 @@ def number_of(variable: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise InputError(f"{variable} is {value!r}, expected a whole number of at least 1")
     return int(value)
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep the memory that a step frees: the next step wants the same again, a quarter faster."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def launch():

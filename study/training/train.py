@@ -40,7 +40,7 @@ from study.config.ablation import named_arguments, trainings
 from study.config.schema import UNTRAINED
 from study.locks import locked, whole_folder
 from study.methods.table import build, grid_name, grid_sizes, parameter_count
-from study.training.devices import keep_memory, launch
+from study.training.devices import launch
 from study.training.kinds import training_kinds
 from study.training.objective import loss_terms
 
@@ -153,7 +153,6 @@ def optimise(
     dice_weight: float,
 ) -> None:
     """The training itself, for ``train``; writes ``out`` whole or not at all, its state until then beside it."""
-    keep_memory()
     torch.manual_seed(seed)
     network, grids, pairs = build(run), grid_sizes(run), data.pairs("train")
     steps = total_steps(settings, len(pairs), len(data.subjects("train")), fabric.world_size)

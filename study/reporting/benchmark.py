@@ -152,8 +152,7 @@ def definitions(frame: pd.DataFrame, reference: str) -> list[str]:
         "Floor: the bytes of both images and of the warped one, divided by the bandwidth that a copy in memory reaches.",
     ]
     if not on_gpu(frame):
-        notes.append("All methods run with the same settings of the memory allocator, those of glibc. Training by "
-                     "`study.training.train` keeps the memory that a step frees, which saves time.")  # fmt: skip
+        notes.append("All methods run with the same settings of the memory allocator, those of glibc.")
     return notes
 
 

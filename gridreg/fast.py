@@ -18,9 +18,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-PATHS = ("warp", "slices", "attention", "labels")
+PATHS = ("warp", "slices", "attention")
 _switched_off: set[str] = set()
 
 SLAB_VOXELS = 2**17  # warped at once, so that the intermediate results stay in a cache
@@ -195,42 +194,3 @@ def windows(tokens: Tensor, grid_size: tuple[int, int, int], heads: int) -> Iter
         last = min(first + planes, gw)
         seen = _Columns.apply(tokens[:, px * first : px * (last + 1)], px, py)
         yield slice(first * gh * gd, last * gh * gd), seen, mask
-
-
-# ---- Dice of many labels ---------------------------------------------------------------------------------------------
-
-
-def label_sums(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> tuple[Tensor, Tensor]:
-    """Overlap and summed sizes (B, K) of the masks of ``values``, those of the moving map warped linearly; no mask is formed.
-
-    Each voxel reads the labels of the eight moving voxels around the point to which it is sent; their interpolation
-    weights are summed by label, in float64: a float32 sum of millions would lose single weights. Time and memory do
-    not grow with the number of labels. Arguments as for ``losses.label_dice_loss``.
-    """
-    batch, labels = fixed.shape[0], len(values) + 1  # number 0 is everything that is not in values
-    size = torch.tensor(moving.shape[2:], device=fixed.device)
-    table = torch.zeros(int(max(fixed.max(), moving.max(), *values)) + 1, dtype=torch.long, device=fixed.device)
-    table[values] = torch.arange(1, labels, device=fixed.device)
-    offset = torch.arange(batch, device=fixed.device)[:, None] * labels
-    fixed = table[fixed.flatten(1).long()] + offset  # (B, N), a number for each label of each case
-    moving = table[moving.flatten(1).long()] + offset
-    last = (size - 1).view(3, 1)
-    axes = [torch.arange(n, device=fixed.device, dtype=torch.float32) for n in displacement.shape[2:]]
-    point = torch.stack(torch.meshgrid(*axes, indexing="ij")) + displacement
-    point = point.flatten(2).nan_to_num().clamp(min=torch.zeros_like(last), max=last)  # (B, 3, N)
-    low = point.detach().floor().long().clamp(max=(last - 1).clamp(min=0))
-
-    def read(corner: Tensor, point: Tensor) -> Tensor:
-        """(B · labels, 2) what one of the eight neighbours adds to the overlap and to the size of each warped mask."""
-        x, y, z = torch.minimum(low + corner, last).unbind(1)
-        found = moving.gather(1, (x * size[1] + y) * size[2] + z)
-        share = point - low  # of the upper neighbour, along each axis
-        weight = torch.where(corner.bool(), share, 1 - share).prod(1).double()
-        of_both = torch.stack([weight * (found == fixed), weight], dim=-1).flatten(0, 1)
-        return weight.new_zeros(batch * labels, 2).index_add(0, found.flatten(), of_both)
-
-    corners = torch.cartesian_prod(*[torch.arange(2, device=fixed.device)] * 3).view(8, 3, 1)
-    sums = sum(checkpoint(read, corner, point, use_reentrant=False) for corner in corners)  # one in memory at a time
-    overlap, total = sums.unbind(1)
-    total = total + torch.bincount(fixed.flatten(), minlength=batch * labels)
-    return tuple(t.view(batch, labels)[:, 1:] for t in (overlap, total))

@@ -13,8 +13,8 @@ from itertools import combinations_with_replacement
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gridreg import fast
 from gridreg.spatial import Shape, as_shape, check_volume, warp
 from gridreg.upsampling import apply_along_axes, basis
 
@@ -23,7 +23,7 @@ LARGEST_SIGMA = 0.1  # of a displacement, in image widths, where the image has n
 LAMBDA_0 = 1.0  # of equation 2; the paper gives no number. With 1 the best σ̂² is the squared displacement itself
 FLAT_VARIANCE = 1e-4  # of the variance of an image: windows with less hold no structure to correlate
 MI_BINS = 23  # of the histogram of mutual information, along each axis
-FEW_LABELS = 8  # up to this number, ``label_dice_loss`` is faster with a mask for each label
+LABELS_AT_ONCE = 16  # masks that ``label_dice_loss`` holds in memory at once
 
 
 def mse_loss(fixed: Tensor, warped: Tensor) -> Tensor:
@@ -151,10 +151,15 @@ def uncertainty_loss(fixed: Tensor, warped: Tensor, energy: Tensor, variance: Te
     return (squared / variance + LAMBDA_0 * variance.log()).mean()
 
 
-def _dice_of_sums(overlap: Tensor, total: Tensor) -> Tensor:
-    """1 - 2 overlap / total, mean over the structures (B, K) that exist; 0 if none does."""
-    present = total > 0
-    return 1 - (2 * overlap[present] / total[present]).mean() if present.any() else total.sum() * 0
+def _overlap_and_size(fixed: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ s_fix s_mov∘T and Σ s_fix + Σ s_mov∘T of masks (B, K, W, H, D): (B, K) twice."""
+    return (fixed * warped).sum((2, 3, 4)), fixed.sum((2, 3, 4)) + warped.sum((2, 3, 4))
+
+
+def _dice_of_sums(overlap: Tensor, size: Tensor) -> Tensor:
+    """1 - 2 overlap / size, mean over the structures (B, K) that exist; 0 if none does."""
+    present = size > 0
+    return 1 - (2 * overlap[present] / size[present]).mean() if present.any() else size.sum() * 0
 
 
 def dice_loss(fixed: Tensor, warped: Tensor) -> Tensor:
@@ -163,8 +168,7 @@ def dice_loss(fixed: Tensor, warped: Tensor) -> Tensor:
     fixed, warped (B, K, W, H, D) soft masks in [0, 1], one channel a structure. A structure absent from both images is
     left out.
     """
-    overlap = (fixed * warped).sum((2, 3, 4))
-    return _dice_of_sums(overlap, fixed.sum((2, 3, 4)) + warped.sum((2, 3, 4)))
+    return _dice_of_sums(*_overlap_and_size(fixed, warped))
 
 
 def label_dice_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> Tensor:
@@ -173,11 +177,20 @@ def label_dice_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, values:
     fixed, moving  (B, 1, W, H, D) label maps of any integer type
     displacement   (B, 3, W, H, D) in voxels
     values         the labels that count
+
+    Beyond ``LABELS_AT_ONCE`` labels, the masks are made some after the other, and again for the gradient, so that memory
+    does not grow with their number.
     """
-    if len(values) > FEW_LABELS and fast.used("labels"):
-        return _dice_of_sums(*fast.label_sums(fixed, moving, displacement, values)).to(displacement.dtype)
-    masks = [torch.cat([labels == v for v in values], dim=1).to(displacement.dtype) for labels in (fixed, moving)]
-    return dice_loss(masks[0], warp(masks[1], displacement))
+
+    def sums(some: list[int], displacement: Tensor) -> tuple[Tensor, Tensor]:
+        masks = [torch.cat([labels == v for v in some], dim=1).to(displacement.dtype) for labels in (fixed, moving)]
+        return _overlap_and_size(masks[0], warp(masks[1], displacement))
+
+    if len(values) <= LABELS_AT_ONCE:
+        return _dice_of_sums(*sums(values, displacement))
+    parts = [values[first : first + LABELS_AT_ONCE] for first in range(0, len(values), LABELS_AT_ONCE)]
+    found = [checkpoint(sums, part, displacement, use_reentrant=False) for part in parts]
+    return _dice_of_sums(*(torch.cat(each, dim=1) for each in zip(*found)))
 
 
 def _difference(n: int, order: int) -> Tensor:

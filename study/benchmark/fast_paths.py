@@ -39,18 +39,15 @@ def registration(shape: Shape = REGISTERED) -> Callable[[], None]:
     return call
 
 
-def training_step(shape: Shape = TRAINED, batch: int = 2, labels: int = 0) -> Callable[[], None]:
-    """A call that makes one step of training, with the Dice of so many labels."""
+def training_step(shape: Shape = TRAINED, batch: int = 2) -> Callable[[], None]:
+    """A call that makes one step of training without labels."""
     network, (fixed, moving) = GridReg(), torch.rand(2, batch, 1, *shape)
-    maps = torch.randint(0, labels + 1, (2, batch, 1, *shape))
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-6)
 
     def call() -> None:
         registered = network(fixed, moving, GRID)
         loss = losses.similarity_loss("mse", fixed, warp(moving, registered.displacement), GRID)
         loss = loss + losses.grid_bending_energy(registered.control_points, shape)
-        if labels:
-            loss = loss + losses.label_dice_loss(*maps, registered.displacement, list(range(1, labels + 1)))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -74,8 +71,6 @@ WORK = {  # name in the table → the work, and the paths that take part in it
     "registration": (registration, ("warp", "attention")),
     "training step": (training_step, ("attention",)),
     "refinement step": (refinement_step, ("slices",)),
-    "training step, 11 labels": (lambda: training_step(labels=11), ("labels",)),
-    "training step, 35 labels": (lambda: training_step(labels=35), ("labels",)),
 }
 
 

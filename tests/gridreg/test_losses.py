@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from gridreg import losses
 from gridreg.losses import (
-    FEW_LABELS,
+    LABELS_AT_ONCE,
     LAMBDA_0,
     RESIDUAL_NOISE,
     at_control_points,
@@ -201,11 +201,11 @@ def masks(labels: torch.Tensor, values: list[int]) -> torch.Tensor:
     return torch.cat([(labels == value).double() for value in values], dim=1)
 
 
-@pytest.mark.parametrize("values", [[1, 3, 5], [2], [4, 9], list(range(1, FEW_LABELS + 2))])
-@pytest.mark.parametrize("few", [0, FEW_LABELS])  # without masks, and with them
+@pytest.mark.parametrize("values", [[1, 3, 5], [2], [4, 9], list(range(1, 10))])
+@pytest.mark.parametrize("few", [1, 2, LABELS_AT_ONCE])  # some masks after the other, and all at once
 def test_dice_of_labels_is_the_dice_of_their_masks(few, values, monkeypatch):
     """Value and gradient, with labels that are absent, not asked for, moved out of the image, or of one case only."""
-    monkeypatch.setattr(losses, "FEW_LABELS", few)
+    monkeypatch.setattr(losses, "LABELS_AT_ONCE", few)
     fixed, moving = torch.randint(0, 6, (2, 2, 1, 7, 9, 8))
     moving[0][moving[0] == 3] = 0
     field = (3 * torch.randn(2, 3, 7, 9, 8, dtype=torch.float64)).requires_grad_()
@@ -217,7 +217,7 @@ def test_dice_of_labels_is_the_dice_of_their_masks(few, values, monkeypatch):
     assert gradients[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("absent", [0, FEW_LABELS])
+@pytest.mark.parametrize("absent", [0, LABELS_AT_ONCE])
 def test_dice_of_a_large_label_in_single_precision(absent):
     """A slab of 108 planes, moved by a tenth of a voxel: 107.9 of them overlap. Half a million weights are summed."""
     labels = torch.zeros(1, 1, 128, 64, 64, dtype=torch.int16)
@@ -245,7 +245,7 @@ def test_dice_of_a_hundred_labels_takes_the_memory_of_ten():
             label_dice_loss(fixed, moving, field, values)
         return sum(sizes)
 
-    assert kept(list(range(1, 120))) < 1.05 * kept(list(range(1, 11)))
+    assert kept(list(range(1, 120))) < 1.05 * kept(list(range(1, LABELS_AT_ONCE + 1)))
 
 
 def test_information_of_a_ramp_is_its_squared_slope():

@@ -18,7 +18,8 @@ from browser_driver import BROWSERS, CHROMIUM, ROOT, Page, assert_not_blank, bro
 
 pytestmark = pytest.mark.slow
 
-LESSONS = ("teach_1_degrees_of_freedom", "teach_2_grid_to_field", "teach_3_attention")
+EXPLORE = "explore/where_not_to_trust"
+LESSONS = ("lesson_1_degrees_of_freedom", "lesson_2_grid_to_field", "lesson_3_attention")
 SIZES = {"laptop": (1366, 768), "wide": (1600, 1000)}  # of the window; notebooks are opened and run in the first
 PATIENCE = 600  # seconds for a notebook, on a machine that has other things to do
 
@@ -59,8 +60,8 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture
-def page(tmp_path, lab):
-    with browser(tmp_path) as opened:
+def page(lab):
+    with browser() as opened:
         yield opened
         if opened.js("Boolean(window.jupyterapp)"):  # kernels of one test would slow down the next
             opened.js("jupyterapp.serviceManager.sessions.shutdownAll()")
@@ -72,7 +73,7 @@ def page(tmp_path, lab):
 def open_notebook(page: Page, lab: tuple[str, Path], name: str) -> None:
     """Open a notebook, and wait for its kernel."""
     page.resize(*SIZES["laptop"])
-    page.send("Page.navigate", url=f"{lab[0]}/lab/tree/notebooks/{name}.ipynb?reset")
+    page.open(f"{lab[0]}/lab/tree/notebooks/{name}.ipynb?reset")
     page.until(f"window.jupyterapp && {NOTEBOOK}?.context?.path == 'notebooks/{name}.ipynb'", PATIENCE)
     page.until(IDLE, PATIENCE)
 
@@ -81,7 +82,8 @@ def run_whole(page: Page, lab: tuple[str, Path], name: str) -> None:
     """Open a notebook and run all of it: no cell may end in an error, and no picture may be blank."""
     open_notebook(page, lab, name)
     page.js("jupyterapp.commands.execute('notebook:run-all-cells') && true")
-    page.until(f"{CODE}.every(c => c.execution_count) && {IDLE}", PATIENCE)
+    failed = f"{OUTPUTS}.some(o => o.output_type == 'error')"  # the cells after it do not run
+    page.until(f"{failed} || {CODE}.every(c => c.execution_count) && {IDLE}", PATIENCE)
     assert page.js(f"{OUTPUTS}.filter(o => o.output_type == 'error').map(o => o.evalue)") == []
     for number, png in enumerate(page.js(f"{OUTPUTS}.map(o => o.data?.['image/png']).filter(Boolean)")):
         assert_not_blank(decoded("".join(png)), f"picture {number} of {name}")
@@ -138,8 +140,8 @@ def change(page: Page, image: str, act, what: str, least: float = 0.001) -> np.n
 
 def test_the_quick_start_runs_and_shows_a_picture(page, lab):
     page.start_album("quick_start")
-    run_whole(page, lab, "quick_start")
-    (cell,) = cells("quick_start", "picture(registered)")
+    run_whole(page, lab, "explore/quick_start")
+    (cell,) = cells("explore/quick_start", "picture(registered)")
     for size in SIZES:
         node = at_size(page, size, cell)
         page.until(f"{node}.querySelector('.jp-RenderedImage img')?.naturalWidth > 300")
@@ -148,9 +150,9 @@ def test_the_quick_start_runs_and_shows_a_picture(page, lab):
 
 
 def test_every_control_of_the_explorer_changes_its_picture(page, lab):
-    page.start_album("explore_uncertainty")
-    run_whole(page, lab, "explore_uncertainty")
-    (cell,) = cells("explore_uncertainty", "Explorer(")
+    page.start_album("explorer")
+    run_whole(page, lab, EXPLORE)
+    (cell,) = cells(EXPLORE, "Explorer(")
     for size in SIZES:
         node = at_size(page, size, cell, "img[alt^=axial]")
         page.screenshot(size)
@@ -158,7 +160,7 @@ def test_every_control_of_the_explorer_changes_its_picture(page, lab):
     page.until(f"{image}.naturalWidth > 600")
     assert_not_blank(page.picture(image), "the first picture")
     sliders = ("grid", "right–left", "front–back", "head–foot", "frame", "overlay")
-    menus = ("dataset", "pair", "third column", "map", "motion")
+    menus = ("model", "pair", "third column", "map", "motion")
 
     def control(name: str) -> str:
         kind, names = (".noUi-handle", sliders) if name in sliders else ("select", menus)
@@ -169,7 +171,7 @@ def test_every_control_of_the_explorer_changes_its_picture(page, lab):
 
     assert page.js(f"{node}.querySelectorAll('.noUi-handle').length") == len(sliders)
     assert page.js(f"{node}.querySelectorAll('select').length") == len(menus)
-    changes("dataset", "ArrowDown")
+    changes("model", "ArrowDown")
     changes("pair", "ArrowDown")
     changes("grid", "ArrowRight")  # registered anew
     for axis in ("right–left", "front–back", "head–foot"):
@@ -199,7 +201,7 @@ def test_every_control_of_the_explorer_changes_its_picture(page, lab):
     page.press(box, " ")
     page.until(f"{errors}.offsetHeight == 0")
     page.press(save, " ")
-    page.until(f"{node}.innerText.includes('written: explored/warped.nii.gz')")
+    page.until(f"{node}.innerText.includes('written: {lab[1]}/explored/warped.nii.gz')")
     for file in ("warped", "displacement"):
         assert nibabel.load(lab[1] / "explored" / f"{file}.nii.gz").get_fdata().std() > 0
     assert page.foreign() == []
@@ -209,8 +211,8 @@ def test_the_view_in_3d_is_drawn_and_turns(page, lab):
     page.start_album("view_in_3d")
     if not page.js("Boolean(document.createElement('canvas').getContext('webgl2'))"):
         pytest.skip("found no WebGL 2 in this browser, expected it for the view in 3-D")
-    run_whole(page, lab, "explore_uncertainty")
-    (cell,) = cells("explore_uncertainty", "volume_view(")
+    run_whole(page, lab, EXPLORE)
+    (cell,) = cells(EXPLORE, "volume_view(")
     for size in SIZES:
         canvas = f"{at_size(page, size, cell, 'canvas')}.querySelector('canvas')"
 
@@ -248,8 +250,8 @@ def test_the_view_in_3d_is_drawn_and_turns(page, lab):
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_runs_and_every_picture_with_sliders_answers(page, lab, name):
     page.start_album(name)
-    run_whole(page, lab, name)
-    found = cells(name, "explore(")
+    run_whole(page, lab, f"lessons/{name}")
+    found = cells(f"lessons/{name}", "explore(")
     assert found
     for cell in found:
         for size in SIZES:
@@ -267,7 +269,8 @@ def test_a_lesson_runs_and_every_picture_with_sliders_answers(page, lab, name):
 
 def test_a_notebook_that_is_opened_and_left_unsaved_has_not_changed(page, lab):
     page.start_album("opened")
-    for path in sorted((lab[1] / "notebooks").glob("*.ipynb")):
-        open_notebook(page, lab, path.stem)
+    for path in sorted((lab[1] / "notebooks").glob("*/*.ipynb")):
+        name = path.relative_to(lab[1] / "notebooks").with_suffix("").as_posix()
+        open_notebook(page, lab, name)
         assert not page.js(f"{NOTEBOOK}.context.model.dirty"), f"{path.name}: opening it changed it"
-        assert path.read_bytes() == (ROOT / "notebooks" / path.name).read_bytes()
+        assert path.read_bytes() == (ROOT / "notebooks" / f"{name}.ipynb").read_bytes()

@@ -117,9 +117,9 @@ class View:
         )
         self.figure.colorbar(self.panels["axial", 3]["image"], cax=bar)
         bar.set_title("mm", fontsize=7, pad=3)
-        source = "Simulated cohort, not patients. " if pair.simulated else ""
+        source = "A simulated pair, not a patient. " if pair.simulated else ""
         text = (f"{source}{pair.title}. R, L, A, P, S, I: the patient's right, left, front, back, head, feet.\n"
-                "White cross: the chosen voxel. Orange: its place in the moving image"
+                "White lines cross at the chosen voxel. Orange: its place in the moving image"
                 + (", mean and one σ." if self.registered.sigma_mm is not None else "."))  # fmt: skip
         self.figure.text(0.1 / width, 0.07 / height, text, fontsize=7, color="#333333", va="bottom", linespacing=1.3)
 
@@ -246,12 +246,12 @@ def error_figure(registered: Registered) -> Figure | None:
         predicted, found = spread_bins(error, sigma)
         most = 1.05 * max(predicted.max(), found.max())
         left.plot([0, most], [0, most], color="#999999", lw=0.8, ls="--", label="ideal")
-        left.plot(predicted, found, "o-", color=COLOURS["gridreg-adaptive"], label="this case, tenths of σ")
+        left.plot(predicted, found, "o-", color=COLOURS["gridreg-adaptive"], label="this pair, tenths of σ")
         left.set(xlim=(0, most), ylim=(0, most), xlabel="σ, root mean square (mm)", ylabel="error, root mean square (mm)",
                  title="Is the error as large as σ says?")  # fmt: skip
         right.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls="--", label="ideal")
         right.plot(
-            LEVELS, coverage(error, sigma, LEVELS), "o-", color=COLOURS["gridreg-adaptive"], ms=3, label="this case"
+            LEVELS, coverage(error, sigma, LEVELS), "o-", color=COLOURS["gridreg-adaptive"], ms=3, label="this pair"
         )
         right.set(xlim=(0, 1), ylim=(0, 1), xlabel="central interval of the predicted distribution",
                   ylabel="share of errors within it", title="Coverage")  # fmt: skip
@@ -259,7 +259,7 @@ def error_figure(registered: Registered) -> Figure | None:
             ax.set_aspect("equal")
             ax.legend(loc=free)
         region = "fixed mask" if registered.pair.labels[0] is not None else "whole image"
-        source = "Simulated cohort; the" if registered.pair.simulated else "The"
+        source = "A simulated pair: the" if registered.pair.simulated else "The"
         figure.text(0.01, 0.015, f"{source} true displacement is known at {error.shape[1]} voxels of the {region}. "
                     f"Each axis counts by itself.\nErrors are {scale(error, sigma):.1f} times as large as σ says.",
                     fontsize=7, color="#333333", linespacing=1.3)  # fmt: skip

@@ -1,4 +1,4 @@
-"""A Chromium without a window and without a network, driven through its DevTools protocol, and a JupyterLab for it."""
+"""A Chromium without a window and without a network, driven by Playwright, and a JupyterLab for it."""
 
 from __future__ import annotations
 
@@ -26,44 +26,30 @@ ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "executed" / "browser"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+# it finds no other host, and draws WebGL without a graphics card
+ARGUMENTS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+             "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false"},  # else Lab asks whether it may, over the pictures
-    "docmanager-extension/plugin": {"autosave": False},
-}  # else what a test has run is saved after two minutes
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, " ": 32}
+    "docmanager-extension/plugin": {"autosave": False},  # else what a test has run is saved after two minutes
+}
 
 
 class Page:
     """A tab of the browser. Places and sizes are in CSS pixels; a window pixel is one of them."""
 
-    def __init__(self, url: str):
-        from websocket import create_connection  # of JupyterLab's own requirements
+    def __init__(self, page):
+        self.page, self.requests, self.name = page, [], "page"
+        page.set_default_timeout(300_000)
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("websocket", lambda opened: self.requests.append(opened.url))
 
-        self.socket = create_connection(url, timeout=300, suppress_origin=True)
-        self.count, self.requests, self.name = 0, [], "page"
-        for domain in ("Page", "Runtime", "Network"):
-            self.send(f"{domain}.enable")
-        self.send("Emulation.setFocusEmulationEnabled", enabled=True)  # Lab's current notebook is the one in focus
-
-    def send(self, method: str, **arguments) -> dict[str, Any]:
-        """Ask the browser, and note the requests that it reports meanwhile."""
-        self.count += 1
-        self.socket.send(json.dumps({"id": self.count, "method": method, "params": arguments}))
-        while True:
-            answer = json.loads(self.socket.recv())
-            if answer.get("method") == "Network.requestWillBeSent":
-                self.requests.append(answer["params"]["request"]["url"])
-            if answer.get("method") == "Network.webSocketCreated":
-                self.requests.append(answer["params"]["url"])
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
+    def open(self, address: str) -> None:
+        self.page.goto(address)
 
     def js(self, expression: str):
         """The value of an expression in the page; promises are waited for."""
-        answer = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+        return self.page.evaluate(expression)
 
     def until(self, expression: str | Callable[[], Any], seconds: float = 120, say: str = ""):
         """The first true value of an expression in the page, or of a function; looked at five times a second."""
@@ -72,7 +58,7 @@ class Page:
             value = expression() if callable(expression) else self.js(expression)
             if value:
                 return value
-            time.sleep(0.2)
+            self.page.wait_for_timeout(200)
         self.screenshot("failed")
         pytest.fail(f"not within {seconds:g} s: {say or expression}")
 
@@ -87,17 +73,16 @@ class Page:
     def press(self, element: str, key: str) -> None:
         """Put an element (an expression) in focus and press a key there, which must not take the focus away."""
         self.js(f"{element}.focus()")
-        for kind in ("rawKeyDown", "char", "keyUp") if key == " " else ("rawKeyDown", "keyUp"):
-            text = {"text": key} if kind == "char" else {}
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code="Space" if key == " " else key,
-                      windowsVirtualKeyCode=KEYS[key], **text)  # fmt: skip
+        self.page.keyboard.press("Space" if key == " " else key)
         assert self.js(f"document.activeElement == {element}"), f"Lab took the key {key} from {element}"
 
     def mouse(self, x: float, y: float, by: float = 0) -> None:
         """Click, or drag ``by`` pixels to the right."""
-        moves = [("mouseMoved", x + by * n / 4) for n in range(1, 5) if by]
-        for kind, at in [("mousePressed", x), *moves, ("mouseReleased", x + by)]:
-            self.send("Input.dispatchMouseEvent", type=kind, x=at, y=y, button="left", buttons=1, clickCount=1)
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        if by:
+            self.page.mouse.move(x + by, y, steps=4)
+        self.page.mouse.up()
 
     # ---- What is to be seen ---------------------------------------------------------------------------------------
 
@@ -107,8 +92,8 @@ class Page:
 
     def pixels(self, element: str) -> np.ndarray:
         """(height, width, 3) the window where an element is, whatever draws it there."""
-        clip = dict(zip(("x", "y", "width", "height"), self.box(element)), scale=1)
-        return decoded(self.send("Page.captureScreenshot", format="png", clip=clip)["data"])
+        clip = dict(zip(("x", "y", "width", "height"), self.box(element)))
+        return opened(self.page.screenshot(clip=clip))
 
     def picture(self, image: str) -> np.ndarray:
         """(height, width, 3) all pixels of an <img>, also where it reaches out of the window."""
@@ -122,7 +107,7 @@ class Page:
         )
 
     def resize(self, width: int, height: int) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.page.set_viewport_size({"width": width, "height": height})
 
     def start_album(self, name: str) -> None:
         """Screenshots from now on begin with this name; those of an earlier run are removed."""
@@ -132,13 +117,17 @@ class Page:
 
     def screenshot(self, what: str = "") -> None:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        image = base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
-        (SCREENSHOTS / f"{'_'.join(filter(None, (self.name, what)))}.png").write_bytes(image)
+        self.page.screenshot(path=SCREENSHOTS / f"{'_'.join(filter(None, (self.name, what)))}.png")
 
 
 def decoded(png: str) -> np.ndarray:
     """(height, width, 3) uint8 of a PNG in base 64."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+    return opened(base64.b64decode(png))
+
+
+def opened(png: bytes) -> np.ndarray:
+    """(height, width, 3) uint8 of a PNG."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def differ(one: np.ndarray, other: np.ndarray) -> float:
@@ -160,12 +149,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def get(url: str, method: str = "GET", seconds: float = 180):
+def get(url: str, seconds: float = 180):
     """The JSON at an address of this machine, as soon as someone answers there."""
     end = time.monotonic() + seconds
     while True:
         try:
-            return json.load(urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=5))
+            return json.load(urllib.request.urlopen(url, timeout=5))
         except OSError:
             if time.monotonic() > end:
                 raise
@@ -173,19 +162,12 @@ def get(url: str, method: str = "GET", seconds: float = 180):
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[Page]:
-    """An empty tab of a new browser that finds no other host and draws WebGL without a graphics card."""
-    port = free_port()
-    process = subprocess.Popen(
-        [CHROMIUM, "--headless=new", "--no-sandbox", f"--remote-debugging-port={port}", f"--user-data-dir={profile}",
-         "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking",
-         "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    try:
-        yield Page(get(f"http://127.0.0.1:{port}/json/new?about:blank", "PUT")["webSocketDebuggerUrl"])
-    finally:
-        process.terminate()
-        process.wait(60)
+def browser() -> Iterator[Page]:
+    """An empty tab of a new browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS) as chromium:
+        yield Page(chromium.new_page())
 
 
 @contextmanager
@@ -193,9 +175,10 @@ def jupyterlab(folder: Path) -> Iterator[tuple[str, Path]]:
     """JupyterLab on a copy of the repository, so that what Lab saves stays there: its address, and the copy."""
     copy, port = folder / "repository", free_port()
     copy.mkdir()
-    for name in ("gridreg", "notebooks", "profiles"):
+    for name in ("gridreg", "study", "notebooks", "profiles"):
         shutil.copytree(ROOT / name, copy / name)
-    shutil.copy(ROOT / "params.yaml", copy)
+    for name in ("params.yaml", "in_use.yaml"):
+        shutil.copy(ROOT / name, copy)
     for name in ("data", "checkpoints"):
         (copy / name).symlink_to((ROOT / name).resolve())
     for name, values in SETTINGS.items():

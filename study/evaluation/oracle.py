@@ -1,7 +1,7 @@
 """The oracle: how close a grid of control points can come to the true displacement, whoever places the points.
 
 A registration errs for two reasons. Its grid cannot express the truth: the approximation error, which shrinks with more
-control points. And it does not find the best field that its grid can express: the estimation error, from noise, homogeneous
+control points. And it does not find the best field that its grid can express: the estimation error (see Lesson 1), from noise, homogeneous
 tissue and the network. The least-squares fit of the control points to the truth has the first error alone. This needs the
 truth, so it belongs to simulated cohorts, and no setting may be chosen by it.
 """

@@ -1,4 +1,4 @@
-"""Approximation and estimation error: they add up, and the figure names them."""
+"""Approximation and excess error: they add up, and the figure names them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_cases() -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(oracle, columns=["dataset", "fixed", "moving", "grid", "oracle_mm"]), cases
 
 
-def test_approximation_and_estimation_error_add_up():
+def test_approximation_and_excess_error_add_up():
     parts = approximation.error_parts(*make_cases())
     assert len(parts) == 9 and set(parts["run"]) == {"gridreg-5", "gridreg-adaptive"}
     np.testing.assert_allclose(parts["oracle_mm"] + parts["gap_mm"], parts["tre_mm"])
@@ -71,8 +71,8 @@ def test_oracle_figure(tmp_path):
     shown = texts(figure)
     caption = (tmp_path / "oracle.txt").read_text()
     assert "Simulated cohorts, not patients" in caption and "grids are not nested" in caption
-    assert "The estimation error is the true TRE minus the approximation error" in caption
-    assert "before registration" in shown and "estimation error, one adaptive model" in shown and "(b)" in shown
+    assert "The excess error is the true TRE minus the approximation error" in caption
+    assert "before registration" in shown and "excess error, one adaptive model" in shown and "(b)" in shown
     assert sorted(f.name for f in tmp_path.iterdir()) == ["oracle.pdf", "oracle.png", "oracle.txt"]
     above, below = figure.axes
     assert above.get_yscale() == "log" and below.get_yscale() == "linear"

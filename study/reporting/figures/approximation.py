@@ -1,9 +1,9 @@
-"""Approximation and estimation error: what a grid can represent of a known truth, and what a registration reached.
+"""Approximation error and excess error: what a grid can represent of a known truth, and what a registration reached.
 
     approximation error   mean distance in mm between the true displacement and the best field of the grid (the oracle)
-    estimation error      true TRE minus the approximation error, in mm: what the registration adds to it
+    excess error      true TRE minus the approximation error, in mm: what the registration adds to it
 
-By the triangle inequality the field found is at least the estimation error away from the best field of the grid, on average.
+By the triangle inequality the field found is at least the excess error away from the best field of the grid, on average.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def error_parts(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
     """One row per case of ``cases`` at which the oracle of its grid is known, with columns oracle_mm and gap_mm.
 
     oracle as from ``oracle_table``, cases as from ``read_cases``. oracle_mm is the approximation error, gap_mm =
-    tre_mm - oracle_mm the estimation error.
+    tre_mm - oracle_mm the excess error.
     """
     joined = cases.merge(oracle[[*_KEYS, "oracle_mm"]], on=_KEYS, validate="many_to_one")
     return joined.assign(gap_mm=joined["tre_mm"] - joined["oracle_mm"])
 
 
 def error_table(oracle: pd.DataFrame, cases: pd.DataFrame) -> pd.DataFrame:
-    """Means over the pairs of every dataset, grid and run: approximation error, true TRE and estimation error.
+    """Means over the pairs of every dataset, grid and run: approximation error, true TRE and excess error.
 
     Returns columns dataset, grid, run, pairs, oracle_mm, reached_mm, gap_mm (in the order named above, all in mm). A grid
     that no run has keeps a row, with run "".
@@ -105,16 +105,16 @@ def oracle_figure(
         axes[1, 0].set_ylabel("true TRE (mm)")
         letter_panels(axes.flat)
         handles = [Patch(fc=ORACLE_COLOUR, label="approximation error")]
-        handles += [Patch(fc=tint, label=f"estimation error, {words}") for tint, words in _KINDS.values()]
+        handles += [Patch(fc=tint, label=f"excess error, {words}") for tint, words in _KINDS.values()]
         handles.append(Line2D([], [], color=colour("identity"), ls=":", lw=0.9, label="before registration"))
         figure.legend(handles=handles, loc="outside upper center", ncols=2 if len(datasets) > 1 else 1)
     save_figure(
-        figure, path, "Approximation and estimation error, beyond the paper.", origin(simulated),
+        figure, path, "Approximation error and excess error, beyond the paper.", origin(simulated),
         "The true deformations of these cohorts are smooth." if simulated else "",
         "Values are means over test pairs within the fixed mask; bars are 95 % intervals of the mean.",
         "Top: the approximation error is the distance between the true displacement and the oracle, which fits the control "
         "points to the truth by least squares. No registration can do this.",
-        "Bottom: the true TRE that was reached. The estimation error is the true TRE minus the approximation error.",
+        "Bottom: the true TRE that was reached. The excess error is the true TRE minus the approximation error.",
         "The approximation error need not fall with every added point, because grids are not nested: a grid of 3 has a "
         "control point in the middle of the image, where an organ lies, and a grid of 4 has none there.",
         answer(reached), note,
@@ -134,7 +134,7 @@ def answer(parts: pd.DataFrame) -> str:
         own = shares[dataset]
         ends = [(own[grid], grid_label(grid)) for grid in (grid_order(own.index.to_series())[n] for n in (0, -1))]
         found.append(f"{dataset} " + " to ".join(f"{share:.2g} % at {grid}" for share, grid in ends))
-    most = "Most of the true TRE of the adaptive model is estimation error. " if shares.max() < 50 else ""
+    most = "Most of the true TRE of the adaptive model is excess error. " if shares.max() < 50 else ""
     return f"{most}The approximation error is this share of its true TRE: {'; '.join(found)}."
 
 
@@ -146,7 +146,7 @@ def _mean(values: pd.Series) -> tuple[float, tuple[float, float]]:
 
 
 def _parts(ax: Axes, rows: pd.DataFrame, before: float) -> None:
-    """The true TRE at every grid, one bar per kind of training: approximation error below, estimation error on top."""
+    """The true TRE at every grid, one bar per kind of training: approximation error below, excess error on top."""
     grids, width = grid_order(rows["grid"]), 0.36
     for shift, (kind, (tint, _)) in zip((-0.2, 0.2), _KINDS.items()):
         for position, grid in enumerate(grids):

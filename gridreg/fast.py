@@ -1,9 +1,9 @@
 """The paths that are written for speed; each stands beside the plain function that it must equal.
 
-    path         plain                                              what the fast one does
-    warp         ``spatial.warp``, one ``grid_sample`` of volumes   reads planes, for which PyTorch has vector instructions
-    attention    ``attention.CrossAttention.by_equation`` over      projects the queries instead of the tokens, and lets
-                 ``attention.neighbourhoods``                       neighbouring control points share a window
+    warp        for ``spatial.warp``, one ``grid_sample`` of volumes: reads planes, for which PyTorch has vector instructions
+    slices      for one volume in ``spatial.sample``: a batch of slices, which PyTorch shares out among threads
+    attention   for ``attention.CrossAttention.by_equation`` over ``attention.neighbourhoods``: projects the queries in
+                place of the tokens, and lets neighbouring control points share a window
 
 The network uses the fast paths; ``with without("warp"): …`` runs the plain ones. The tests show that both agree, and
 ``python -m study.benchmark.fast_paths`` measures what each gains. This module imports nothing from the package.

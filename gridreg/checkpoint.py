@@ -67,7 +67,8 @@ def save_model(folder: Path | str, network: nn.Module, config: dict[str, Any]) -
     write_text(folder / "model.json", json.dumps(config, indent=2) + "\n")
 
 
-NETWORK = ("base_channels", "num_layers", "bayesian", "upsampling", "projector", "fold_free", "encoder", "passes")  # arguments of GridReg
+# Arguments of GridReg
+NETWORK = ("base_channels", "num_layers", "bayesian", "upsampling", "projector", "fold_free", "encoder", "passes")
 
 
 def build(run: dict[str, Any]) -> GridReg:

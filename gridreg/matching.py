@@ -17,6 +17,7 @@ through one shared encoder, and two steps compare the results:
 
    The inverse of the matrix is the covariance of u: an edge knows motion across it, not along it.
 
+Images of more than ``MOST_VOXELS`` are read at half the resolution, or less: the grid of control points is far coarser.
 Both steps end in normal equations of tokens, G u = b. ``fit`` solves them from wide windows to narrow ones with learnt
 damping λ. The decoder reads displacements, spreads and residuals beside the features of both images.
 """
@@ -32,17 +33,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gridreg import losses
 from gridreg.encoder import EncoderLayer
 from gridreg.spatial import Shape, warp
 from gridreg.upsampling import apply_along_axes, basis
 
-MOST_TOKENS = 4000  # that are matched with one another; more need a coarser lattice
+MOST_VOXELS = 2**20  # of the images that the encoder sees
+MOST_TOKENS = 2000  # that are matched with one another; more need a coarser lattice
 DESCRIPTOR = 32  # channels
+LEAST_VARIANCE = 0.1  # of a matched position, in squared ``UNITS``
 UNITS = 16  # to a width of the image: displacements of tokens come in these units
 STRIDES = (16, 8, 4)  # voxels between the tokens of the lattices, from wide windows to narrow ones
 SWEEPS = 2  # of ``fit`` over these lattices
-WINDOW = 15  # voxels; the cube in which images are standardised
+WINDOW = 8  # voxels; half the width of the windows in which images are standardised
+MATCHED, LOCAL = 7, 7  # channels of a token: displacement, spread and cost of either step
 
 
 def lattice(shape: Shape, stride: int) -> Shape:
@@ -50,11 +53,10 @@ def lattice(shape: Shape, stride: int) -> Shape:
     return tuple(max(-(-n // stride), 2) for n in shape)
 
 
-def matching_lattice(shape: Shape) -> Shape:
-    """The finest lattice, from a quarter of the resolution on, with at most ``MOST_TOKENS`` tokens."""
-    stride = STRIDES[-1]
-    while math.prod(lattice(shape, stride)) > MOST_TOKENS and max(lattice(shape, stride)) > 2:
-        stride *= 2
+def finest(shape: Shape, most: int, stride: int) -> Shape:
+    """The finest lattice from ``stride`` on that has at most ``most`` tokens."""
+    while math.prod(lattice(shape, stride)) > most and max(shape) > stride:
+        stride += 1
     return lattice(shape, stride)
 
 
@@ -139,16 +141,17 @@ def fit(matrix: Tensor, right: Tensor, shape: Shape, damping: Tensor) -> Tensor:
 
 
 def standardised(image: Tensor, floor: Tensor) -> Tensor:
-    """The image minus its mean, over its standard deviation, in a cube of ``WINDOW`` voxels around each voxel.
+    """The image minus its mean, over its standard deviation, in a window around each voxel.
 
     Gain and bias are gone. ``floor`` is added to the deviation, in deviations of the whole image, so that the noise of
-    flat regions stays small.
+    flat regions stays small. Means are formed at a lattice of ``WINDOW`` voxels and interpolated between.
     """
-    whole = image.flatten(1).std(1).clamp(min=1e-6).view(-1, 1, 1, 1, 1)
-    image = image / whole
-    means = [losses._window_means(n, WINDOW, image.device, image.dtype) for n in image.shape[2:]]
-    mean, square = apply_along_axes(torch.cat([image, image * image], dim=1), means).split(1, 1)
-    return (image - mean) * ((square - mean * mean).clamp(min=0) + floor * floor).rsqrt()
+    shape = tuple(image.shape[2:])
+    image = image / image.flatten(1).std(1).clamp(min=1e-6).view(-1, 1, 1, 1, 1)
+    means = [read(power, shape, lattice(shape, WINDOW)) for power in (image, image * image)]
+    deviation = ((means[1] - means[0] ** 2).clamp(min=0) + floor * floor).sqrt()
+    mean, deviation = (resample(values, shape) for values in (means[0], deviation))
+    return (image - mean) / deviation
 
 
 def gradient(image: Tensor) -> Tensor:
@@ -156,11 +159,19 @@ def gradient(image: Tensor) -> Tensor:
     return torch.stack(torch.gradient(image[:, 0], dim=(1, 2, 3)), dim=1)
 
 
+def normal_equations(fixed: Tensor, warped: Tensor, tokens: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of g gᵀ (B, 6, ...), g r (B, 3, ...) and r² (B, 1, ...) around the tokens; images are standardised."""
+    residual, slope = fixed - warped, gradient((fixed + warped) / 2)
+    x, y, z = slope.split(1, 1)
+    products = torch.cat([x * slope, y * slope[:, 1:], z * z, residual * slope, residual.square()], dim=1)
+    return read(products, tuple(fixed.shape[2:]), tokens).split([6, 3, 1], dim=1)
+
+
 @dataclass
 class Seen:
     """What the encoder keeps of an image.
 
-    image        (B, 1, W, H, D), standardised for the least squares
+    image        (B, 1, w, h, d), standardised for the least squares
     features     of the layers that the decoder reads, at their lattices
     descriptors  (B, N, DESCRIPTOR) unit vectors of the tokens that are matched
     own          what ``attend`` finds of the image in itself; of the fixed image alone
@@ -181,7 +192,7 @@ class MatchingEncoder(nn.Module):
 
     def __init__(self, widths: list[int], layers: tuple[int, ...]):
         super().__init__()
-        sizes = [1, *widths]
+        sizes = [2, *widths]  # of the image, and of the standardised image
         self.layers = layers
         self.encoder = nn.ModuleList(
             EncoderLayer(sizes[i], sizes[i + 1], 2 if i < 4 else 1) for i in range(len(widths))
@@ -194,27 +205,37 @@ class MatchingEncoder(nn.Module):
         self.log_damping_matched = nn.Parameter(torch.tensor([[-3.0, -2.0, -1.0]]).repeat(SWEEPS, 1))
         self.log_damping = nn.Parameter(torch.tensor([[-6.0, -4.6, -3.2]]).repeat(SWEEPS, 1))
         self.gain = nn.Parameter(torch.tensor([0.5, 1.0]))
-        self.channels = [2 * widths[layer - 1] + (14 if layer == layers[-1] else 7) for layer in layers]
+        self.channels = [2 * widths[layer - 1] + MATCHED for layer in layers]
+        self.channels[-1] += LOCAL
+
+    @staticmethod
+    def reduced(image: Tensor) -> Tensor:
+        """The image (B, 1, W, H, D) at the resolution that the encoder sees, with at most ``MOST_VOXELS``."""
+        shape = tuple(image.shape[2:])
+        return image if math.prod(shape) <= MOST_VOXELS else read(image, shape, finest(shape, MOST_VOXELS, 2))
 
     def look_at_fixed(self, fixed: Tensor) -> Seen:
-        """Encode the fixed image (B, 1, W, H, D): once, for all passes."""
+        """Encode the fixed image (B, 1, w, h, d), as ``reduced`` gives it: once, for all passes."""
         seen = self.look(fixed)
-        seen.own = self.attend(seen.descriptors, seen.descriptors, matching_lattice(tuple(fixed.shape[2:])))
+        seen.own = self.attend(
+            seen.descriptors, seen.descriptors, finest(tuple(fixed.shape[2:]), MOST_TOKENS, STRIDES[-1])
+        )
         return seen
 
     def look(self, image: Tensor) -> Seen:
-        """Encode one image (B, 1, W, H, D)."""
-        shape, features, x = tuple(image.shape[2:]), {}, image
+        """Encode one image (B, 1, w, h, d)."""
+        standard = standardised(image, self.log_floor.exp())
+        shape, features, x = tuple(image.shape[2:]), {}, torch.cat([image, standard], dim=1)
         for layer, encode in enumerate(self.encoder, start=1):
             x = encode(x)
             if layer in self.layers or layer in self.described:
                 features[layer] = x.to(image.dtype)
         stride = {layer: 2 ** min(layer, 4) for layer in features}
-        tokens = matching_lattice(shape)
+        tokens = finest(shape, MOST_TOKENS, STRIDES[-1])
         described = [read(features[layer], shape, tokens, stride[layer]) for layer in self.described]
         descriptors = self.describe(torch.cat(described, dim=1).flatten(2).transpose(1, 2))
         features = {n: read(features[n], shape, lattice(shape, stride[n]), stride[n]) for n in self.layers}
-        return Seen(standardised(image, self.log_floor.exp()), features, F.normalize(descriptors, dim=-1))
+        return Seen(standard, features, F.normalize(descriptors, dim=-1))
 
     def attend(self, fixed: Tensor, moving: Tensor, tokens: Shape) -> tuple[Tensor, Tensor, Tensor]:
         """Expected position and its variance (B, 3, *tokens) in ``UNITS``, and expected similarity (B, 1, *tokens)."""
@@ -235,47 +256,41 @@ class MatchingEncoder(nn.Module):
         return tuple(x.transpose(1, 2).unflatten(2, tokens) for x in (mean, variance, similarity))
 
     def forward(
-        self, fixed: Seen, moving: Tensor, control_points: Tensor, field: Callable[[Tensor], Tensor], first: bool
+        self, fixed: Seen, moving: Tensor, control_points: Tensor, field: Callable[[Tensor, Shape], Tensor], first: bool
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """One pass: what the decoder reads, by layer, and the control points (B, 3, gw, gh, gd) in voxels so far.
+        """One pass: what the decoder reads, by layer, and the control points so far.
 
         fixed           what ``look_at_fixed`` saw
-        moving          (B, 1, W, H, D) in [0, 1]
-        control_points  (B, 3, gw, gh, gd) of the passes before, in voxels; zeros in the ``first`` one
-        field           control points → displacement (B, 3, W, H, D)
+        moving          (B, 1, w, h, d), as ``reduced`` gives it
+        control_points  (B, 3, gw, gh, gd) of the passes before, in voxels of (w, h, d); zeros in the ``first`` one
+        field           control points and (w, h, d) → displacement (B, 3, w, h, d)
         """
         shape, grid_size = tuple(moving.shape[2:]), tuple(control_points.shape[2:])
         unit = torch.tensor([(n - 1) / UNITS for n in shape], device=moving.device).view(3, 1, 1, 1)  # voxels
-        tokens, fine = matching_lattice(shape), lattice(shape, STRIDES[-1])
+        tokens, fine = finest(shape, MOST_TOKENS, STRIDES[-1]), lattice(shape, STRIDES[-1])
 
-        seen = self.look(moving if first else warp(moving, field(control_points)))
+        seen = self.look(moving if first else warp(moving, field(control_points, shape)))
         mean, variance, similarity = self.attend(fixed.descriptors, seen.descriptors, tokens)
         own, _, own_similarity = fixed.own
         found = mean - own
-        weight = 1 / (variance + 0.1)
+        weight = 1 / (variance + LEAST_VARIANCE)
         matched = fit(diagonal(weight), weight * found, shape, self.log_damping_matched.exp())
         control_points = control_points + self.gain[0] * resample(matched, grid_size) * unit
 
-        warped = standardised(warp(moving, field(control_points)), self.log_floor.exp())
-        residual, slope = fixed.image - warped, gradient((fixed.image + warped) / 2)
-        x, y, z = slope.split(1, 1)
-        products = torch.cat([x * slope, y * slope[:, 1:], z * z, residual * slope, residual.square()], dim=1)
-        products = read(products, shape, fine)
-        matrix, right, cost = products.split([6, 3, 1], dim=1)
+        warped = standardised(warp(moving, field(control_points, shape)), self.log_floor.exp())
+        matrix, right, cost = normal_equations(fixed.image, warped, fine)
         damping = self.log_damping.exp()
         local = fit(matrix, right, shape, damping)
         known = inverse(matrix + damping[-1, -1] * diagonal(torch.ones_like(right)))[:, [0, 3, 5]]
         spread = (known * damping[-1, -1]).sqrt()  # 1 where nothing is known
         control_points = control_points + self.gain[1] * resample(local, grid_size)
 
-        wide = torch.cat([found, (variance + 1e-4).sqrt(), own_similarity - similarity], dim=1)
-        narrow = torch.cat([local / unit, spread, cost], dim=1)
-        read_by_decoder = {}
+        matched = torch.cat([found, (variance + 1e-4).sqrt(), own_similarity - similarity], dim=1)
+        local = torch.cat([local / unit, spread, cost], dim=1)
+        for_decoder = {}
         for layer in self.layers:
-            here = fixed.features[layer], seen.features[layer]
-            size = tuple(here[0].shape[2:])
-            parts = [*here, resample(wide, size)]
-            if layer == self.layers[-1]:
-                parts.append(resample(narrow, size))
-            read_by_decoder[layer] = torch.cat(parts, dim=1)
-        return read_by_decoder, control_points
+            features = [fixed.features[layer], seen.features[layer]]
+            steps = [matched, local] if layer == self.layers[-1] else [matched]
+            size = tuple(features[0].shape[2:])
+            for_decoder[layer] = torch.cat(features + [resample(step, size) for step in steps], dim=1)
+        return for_decoder, control_points

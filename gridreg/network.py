@@ -203,15 +203,18 @@ class GridReg(nn.Module):
     def _match(self, fixed: Tensor, moving: Tensor, grid_size: Shape, half: Tensor) -> tuple[Tensor, Tensor]:
         """Control points of all passes in voxels, and Y of the last."""
         shape = tuple(fixed.shape[2:])
+        fixed, moving = self.encoder.reduced(fixed), self.encoder.reduced(moving)
+        scale = [(n - 1) / (m - 1) for n, m in zip(shape, fixed.shape[2:])]  # voxels to one that the encoder sees
+        scale = fixed.new_tensor(scale).view(3, 1, 1, 1)
 
-        def field(control_points: Tensor) -> Tensor:
-            return upsample(
-                bounded(control_points, shape) if self.fold_free else control_points, shape, self.upsampling
-            )
+        def field(control_points: Tensor, size: Shape) -> Tensor:
+            if self.fold_free:
+                control_points = bounded(control_points * scale, shape) / scale
+            return upsample(control_points, size, self.upsampling)
 
         seen, control_points = self.encoder.look_at_fixed(fixed), fixed.new_zeros(len(fixed), 3, *grid_size)
         for number in range(self.passes):
             features, control_points = self.encoder(seen, moving, control_points, field, first=number == 0)
             y = self._decode(features, grid_size)
-            control_points = control_points + self._displace(y, half, grid_size)
-        return control_points, y
+            control_points = control_points + self._displace(y, half, grid_size) / scale
+        return control_points * scale, y

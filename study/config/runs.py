@@ -100,6 +100,8 @@ def agree(params: dict, name: str, where: str) -> None:
         raise InputError(
             f"{where}: fold_free is true and upsampling {values['upsampling']}; expected bspline, for which the bound holds"
         )
+    if values.get("passes", 1) > 1 and values["encoder"] != "match":
+        raise InputError(f"{where}: passes is {values['passes']} and encoder {values['encoder']}; expected match")
     for tuned, by_name in values.items():
         for dataset in by_name if isinstance(by_name, dict) else ():
             refuse_unknown(dataset, known_datasets(params), "dataset", f"{where}.{tuned}")

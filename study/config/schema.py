@@ -121,6 +121,8 @@ class Train(Section):
     learning_rate: Positive  # highest of the schedule, of Adam
     beta2: Fraction = 0.999  # of Adam: how long it remembers squared gradients
     bending: Number = 1.0  # times the bending_weight of the dataset
+    clip: Positive | None = None  # longest gradient, norm of all weights together; null: any
+    identical: Fraction = 0.0  # chance that a pair is replaced by its fixed scan twice: nothing to register
     validate_every: Count  # steps
 
 
@@ -208,6 +210,8 @@ class GridReg(Section):
     upsampling: Literal["trilinear", "bspline", "deconv"] = "trilinear"  # control points to dense field
     projector: bool = True  # projections of the skip connections
     fold_free: bool = False  # bound the control points so that no fold is possible; needs bspline
+    encoder: Literal["pair", "match"] = "pair"  # sees both images at once, as the paper's, or finds correspondences
+    passes: Count = 1  # of warping the moving image by what was found and registering again; above 1 needs match
     bayesian: bool = False  # a standard deviation for every control point
     samples: Count = 1  # Monte-Carlo samples per step of a Bayesian run
 

@@ -35,7 +35,7 @@ def network_kinds(run: dict[str, Any]) -> list[str]:
     method = run["method"]
     if method == "gridreg":
         kind = f"gridreg-{run.get('upsampling', 'trilinear')}"
-        kind += "-fold-free" * run.get("fold_free", False)
+        kind += "-match" * (run.get("encoder") == "match") + "-fold-free" * run.get("fold_free", False)
         kind += "-bayesian" * run.get("bayesian", False) + "-no-projector" * (not run.get("projector", True))
         layers = run.get("num_layers", 5)
         return [kind, *([] if layers == 5 else [f"gridreg-{layers}-layers"])]

@@ -55,14 +55,19 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def draw(pairs: list, grids: list, batch: int, seed: int, step: int, rank: int) -> tuple[list, Shape | None]:
+def draw(
+    pairs: list, grids: list, batch: int, seed: int, step: int, rank: int, identical: float = 0.0
+) -> tuple[list, Shape | None]:
     """One step's pairs and grid size: other pairs on every device, the same grid on all.
 
-    It also seeds what else the step draws: Monte-Carlo samples, dropped paths.
+    It also seeds what else the step draws: Monte-Carlo samples, dropped paths. With the chance ``identical`` a pair is
+    replaced by its fixed scan twice, so that a network learns when there is nothing to do.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1)[0]))
     chosen = np.random.default_rng([seed, step, rank]).integers(len(pairs), size=batch)
-    return [pairs[i] for i in chosen], grids[np.random.default_rng([seed, step]).integers(len(grids))]
+    twice = np.random.default_rng([seed, step, rank, 2]).random(batch) < identical
+    chosen = [(pairs[i][0],) * 2 if same else pairs[i] for i, same in zip(chosen, twice)]
+    return chosen, grids[np.random.default_rng([seed, step]).integers(len(grids))]
 
 
 @torch.no_grad()
@@ -167,7 +172,8 @@ def optimise(
 
     for step in range(start, steps):
         began = time.perf_counter()
-        chosen, grid = draw(pairs, grids, settings["batch"], seed, step, fabric.global_rank)
+        identical = settings.get("identical", 0.0)
+        chosen, grid = draw(pairs, grids, settings["batch"], seed, step, fabric.global_rank, identical)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings["learning_rate"])
         terms = loss_terms(
@@ -184,6 +190,8 @@ def optimise(
         loss = loss + dice_weight * terms.get("dice_loss", 0)
         optimiser.zero_grad()
         fabric.backward(loss)
+        if settings.get("clip"):
+            fabric.clip_gradients(wrapped, optimiser, max_norm=settings["clip"])
         optimiser.step()
         step_seconds.append(time.perf_counter() - began)
         progress.update()
@@ -247,7 +255,7 @@ def train(
 
     run         a run of params.yaml: method and its settings, as ``methods.build`` takes it
     settings    steps or epochs, batch, learning_rate (peak), beta2 (of Adam), bending (times bending_weight),
-                validate_every (steps)
+                validate_every (steps), clip (longest gradient; None: any), identical (chance of a scan with itself)
     similarity  "mse" (the paper's), "ncc" or "mi"
     out         gets model.safetensors, model.json, history.csv and metrics.json; None: they wait in ``scratch``, and
                 the next call with the same arguments and an ``out`` moves them there

@@ -89,18 +89,41 @@ def patiently(call: Callable[[], Result], seconds: float = 1.0) -> Result:
 
 def _holder() -> str:
     """`` by process 123`` from DVC's lock file."""
+    number = _lock_file()
+    return f" by process {number}" if number else ""
+
+
+def _lock_file() -> int | None:
     try:
-        number = (ROOT / ".dvc" / "tmp" / "lock").read_text(encoding="utf-8").strip()
+        text = (ROOT / ".dvc" / "tmp" / "lock").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        return ""
-    return f" by process {number}" if number.isdecimal() else ""
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def say_what_is_waited_for() -> None:
+    """A line where a process outside this run has DVC's lock; the stages of this run take turns without a word."""
+    import zc.lockfile
+
+    try:
+        zc.lockfile.LockFile(str(ROOT / ".dvc" / "tmp" / "lock")).close()
+    except zc.lockfile.LockError:
+        number = _lock_file()
+        try:
+            ours = number is not None and os.getpgid(number) == os.getpgid(0)
+        except OSError:
+            ours = False
+        if not ours:
+            say(f"DVC is at work in {ROOT}: found its lock taken{_holder()}; waiting until it is free.")
+    except OSError:
+        pass  # no such folder: nobody has locked it yet
 
 
 def open_repository() -> Any:
     """DVC's view of this folder. InputError, with what to do, where it is no clone."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
-    from scmrepo.exceptions import SCMError
+    from dvc.scm import SCMError
 
     try:
         return Repo(str(ROOT))
@@ -185,6 +208,7 @@ def run_stage(name: str, options: Iterable[str], environment: dict[str, str]) ->
     os.environ.update(environment)
     from dvc.cli import main as dvc
 
+    say_what_is_waited_for()
     sys.exit(dvc(["--wait-for-lock", "repro", "--single-item", *options, name]))
 
 

@@ -1,64 +1,32 @@
-"""How the package holds together: no circle of imports, no long file, and PyTorch only where it is needed."""
+"""How the package holds together: it is imported alone, PyTorch loads only where it is needed, nothing is pickled.
+
+Layers and circles are checked by import-linter (`make test`; contracts in pyproject.toml).
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = {file.stem: file for file in sorted((ROOT / "gridreg").glob("*.py")) if file.stem != "__init__"}
-TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
-NEEDS_TORCH = {"architecture", "attention", "benchmark", "checkpoint", "cost", "devices", "evaluate", "explorer",
-               "explorer_view", "explorer_volume", "explorer_widgets", "false_correspondence", "fold_free", "grid", "interpolation", "keymorph",
-               "lesson_attention", "lesson_attention_view", "lesson_basis", "lesson_basis_view", "lesson_freedom",
-               "lesson_freedom_view", "losses", "methods", "network", "objective", "oracle", "pairwise", "refine", "train",
-               "transmorph", "uncertainty"}  # fmt: skip
+from study import ROOT
+
+FILES = sorted(path for wing in ("gridreg", "study") for path in (ROOT / wing).rglob("*.py"))
+WITHOUT_TORCH = ("gridreg", "gridreg.errors", "gridreg.calibration", "gridreg.scans.volumes", "gridreg.scans.pair", "study.config.params",
+                 "study.config.pipeline", "study.training.kinds", "study.notebooks", "study.pipeline")  # fmt: skip
+LAZY = ("ants", "nilearn", "monai", "pandas", "matplotlib", "IPython", "ipywidgets", "anywidget", "PIL")
+CORE = ("gridreg.network", "gridreg.losses", "gridreg.metrics", "gridreg.refinement", "gridreg.checkpoint", "gridreg.calibration",
+        "gridreg.scans.pair", "gridreg.scans.export", "gridreg.scans.align")  # fmt: skip
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """Every module that a file imports, `study.config.params` as such, also inside functions."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: expected `from gridreg.… import …`"
-            own = node.module == "gridreg"
-            names |= {f"gridreg.{alias.name}" if own else node.module for alias in node.names}
-    return names
-
-
-IMPORTS = {name: {m.split(".")[1] for m in imported(tree) if m.startswith("gridreg.")} & set(FILES)
-           for name, tree in TREES.items()}  # fmt: skip
-
-
-def test_no_circle_of_imports():
-    try:
-        list(TopologicalSorter(IMPORTS).static_order())
-    except CycleError as error:
-        pytest.fail(" → ".join(error.args[1]))
-
-
-@pytest.mark.parametrize("file", [ROOT / "gridreg" / "__init__.py", *FILES.values()], ids=lambda file: file.stem)
-def test_every_file_is_short_and_says_what_it_is_for(file):
-    text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 300
-    assert ast.get_docstring(ast.parse(text))
-
-
-def test_no_drawer_for_everything():
-    assert not {"utils", "util", "helpers", "common", "misc"} & set(FILES)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_no_device_is_named_and_nothing_is_pickled(name):
-    assert not {"pickle", "dill", "joblib"} & {module.split(".")[0] for module in imported(TREES[name])}
-    for node in ast.walk(TREES[name]):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_device_is_named_and_nothing_is_pickled(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not {"pickle", "dill", "joblib"} & {name.split(".")[0] for name in names}, f"line {node.lineno}"
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in ("torch.load", "torch.save"), f"line {node.lineno}"
         if isinstance(node, ast.Call):
@@ -66,18 +34,21 @@ def test_no_device_is_named_and_nothing_is_pickled(name):
             assert not any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
 
 
-def test_what_needs_no_network_does_not_wait_for_pytorch():
+def loaded_after(modules: tuple[str, ...], without: tuple[str, ...]) -> subprocess.CompletedProcess:
     """In a fresh interpreter, since another test may have imported it here."""
-    without = sorted(set(FILES) - NEEDS_TORCH)
     code = ("import sys\nfrom importlib import import_module\n"
-            f"for name in {without}:\n"
-            "    import_module(f'gridreg.{name}')\n"
-            "    assert 'torch' not in sys.modules, name\n")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            f"for name in {modules}:\n"
+            "    import_module(name)\n"
+            f"    found = [other for other in {without} if other in sys.modules]\n"
+            "    assert not found, (name, found)\n")  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_what_needs_no_network_does_not_wait_for_pytorch():
+    done = loaded_after(WITHOUT_TORCH, ("torch",))
     assert done.returncode == 0, done.stderr
 
 
-def test_the_list_of_what_needs_pytorch_is_right():
-    assert NEEDS_TORCH <= set(FILES)
-    for name in set(FILES) - NEEDS_TORCH:
-        assert not IMPORTS[name] & NEEDS_TORCH, name
+def test_the_method_loads_nothing_that_only_an_extra_brings():
+    done = loaded_after(CORE, LAZY)
+    assert done.returncode == 0, done.stderr

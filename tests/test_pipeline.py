@@ -261,10 +261,11 @@ def fresh(clone, tmp_path) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "study.pipeline", *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "study.pipeline", *arguments],
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,  # as from another terminal
+    )  # fmt: skip
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -143,11 +143,10 @@ def fit(matrix: Tensor, right: Tensor, shape: Shape, damping: Tensor) -> Tensor:
 def standardised(image: Tensor, floor: Tensor) -> Tensor:
     """The image minus its mean, over its standard deviation, in a window around each voxel.
 
-    Gain and bias are gone. ``floor`` is added to the deviation, in deviations of the whole image, so that the noise of
-    flat regions stays small. Means are formed at a lattice of ``WINDOW`` voxels and interpolated between.
+    Slow changes of gain and bias are gone. ``floor`` is added to the deviation (in squares), so that the noise of flat
+    regions stays small. Means are formed at a lattice of ``WINDOW`` voxels and interpolated between.
     """
     shape = tuple(image.shape[2:])
-    image = image / image.flatten(1).std(1).clamp(min=1e-6).view(-1, 1, 1, 1, 1)
     means = [read(power, shape, lattice(shape, WINDOW)) for power in (image, image * image)]
     deviation = ((means[1] - means[0] ** 2).clamp(min=0) + floor * floor).sqrt()
     mean, deviation = (resample(values, shape) for values in (means[0], deviation))
@@ -210,9 +209,12 @@ class MatchingEncoder(nn.Module):
 
     @staticmethod
     def reduced(image: Tensor) -> Tensor:
-        """The image (B, 1, W, H, D) at the resolution that the encoder sees, with at most ``MOST_VOXELS``."""
+        """The image (B, 1, W, H, D) as the encoder sees it: at most ``MOST_VOXELS``, mean 0, standard deviation 1."""
         shape = tuple(image.shape[2:])
-        return image if math.prod(shape) <= MOST_VOXELS else read(image, shape, finest(shape, MOST_VOXELS, 2))
+        if math.prod(shape) > MOST_VOXELS:
+            image = read(image, shape, finest(shape, MOST_VOXELS, 2))
+        centred = image - image.mean((1, 2, 3, 4), keepdim=True)
+        return centred * (centred.square().mean((1, 2, 3, 4), keepdim=True) + 1e-12).rsqrt()
 
     def look_at_fixed(self, fixed: Tensor) -> Seen:
         """Encode the fixed image (B, 1, w, h, d), as ``reduced`` gives it: once, for all passes."""
@@ -266,7 +268,7 @@ class MatchingEncoder(nn.Module):
         field           control points and (w, h, d) → displacement (B, 3, w, h, d)
         """
         shape, grid_size = tuple(moving.shape[2:]), tuple(control_points.shape[2:])
-        unit = torch.tensor([(n - 1) / UNITS for n in shape], device=moving.device).view(3, 1, 1, 1)  # voxels
+        unit = moving.new_tensor([(n - 1) / UNITS for n in shape]).view(3, 1, 1, 1)  # voxels
         tokens, fine = finest(shape, MOST_TOKENS, STRIDES[-1]), lattice(shape, STRIDES[-1])
 
         seen = self.look(moving if first else warp(moving, field(control_points, shape)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -31,3 +32,14 @@ def exit_status(call: Callable[[], object]) -> int:
 def reason(error: Exception) -> str:
     """The cause alone: what the system says, without the number of the error or the name of a temporary file."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Import a package in here that one of the extras of pyproject.toml brings; InputError names it where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{what} needs the package {error.name}, which is not installed; expected `pip install 'gridreg[{name}]'` first"
+        ) from error

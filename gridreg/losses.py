@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gridreg.errors import extra
 from gridreg.spatial import Shape, as_shape, check_volume, warp
 from gridreg.upsampling import apply_along_axes, basis
 
@@ -78,7 +79,8 @@ def global_ncc_loss(fixed: Tensor, warped: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _mutual_information(bins: int):
-    from monai.losses import GlobalMutualInformationLoss
+    with extra("mi", "mutual information"):
+        from monai.losses import GlobalMutualInformationLoss
 
     return GlobalMutualInformationLoss(num_bins=bins)
 

@@ -52,3 +52,13 @@ def test_what_needs_no_network_does_not_wait_for_pytorch():
 def test_the_method_loads_nothing_that_only_an_extra_brings():
     done = loaded_after(CORE, LAZY)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("module", "call", "extra"), [
+    ("nilearn", "from gridreg.scans.align import read_reference; read_reference('mni152')", "align"),
+    ("monai", "import gridreg.losses; gridreg.losses.mi_loss(torch.rand(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8))", "mi"),
+])  # fmt: skip
+def test_a_missing_extra_is_named(module, call, extra):
+    code = f"import sys, torch\nsys.modules['{module}'] = None\n{call}\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert f"{module}" in done.stderr and f"expected `pip install 'gridreg[{extra}]'` first" in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gridreg.errors import InputError
+from gridreg.errors import InputError, extra
 from gridreg.scans.geometry import RAS_TO_LPS, apply_affine, corners
 from gridreg.scans.intensity import normalise
 from gridreg.scans.resample import resample_image
@@ -43,7 +43,8 @@ class Reference:
 def read_reference(reference: str | Path) -> Reference:
     """``"mni152"`` (the T1 template inside nilearn, within its brain mask) or the path of a NIfTI volume."""
     if str(reference) == "mni152":
-        from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
+        with extra("align", "affine_reference mni152"):
+            from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
         template = load_mni152_template(resolution=int(WORKING_MM))
         mask = load_mni152_brain_mask(resolution=int(WORKING_MM))
@@ -89,7 +90,8 @@ def align(image: np.ndarray, affine: np.ndarray, reference: Reference, name: str
     about 3 s on one thread. Raises InputError, naming ``name``, where no plausible map is found.
     """
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # sums in a fixed order; read when ITK first runs
-    import ants
+    with extra("align", "affine alignment"):
+        import ants
 
     fixed, moving = _to_ants(reference.image, reference.affine), _to_ants(*working_copy(image, affine))
     ants.config.set_ants_deterministic(on=False, seed_value=SEED)  # `on` would allow nothing but SyN

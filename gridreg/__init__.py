@@ -8,6 +8,8 @@ In reading order:
     losses          what training minimises
     metrics         what evaluation measures
     refinement      control points optimised for one pair
+    gauss_newton    the same by normal equations
+    laplace         how far they may be off: the posterior of a registered pair
     checkpoint      weights on disk
     scans           NIfTI files in and out, and the pair that everything else takes
     explorer        the interactive views
@@ -30,6 +32,8 @@ _HOMES = {
     "upsample": "upsampling",
     "upsample_sigma": "upsampling",
     "refine": "refinement",
+    "Posterior": "laplace",
+    "posterior": "laplace",
 }
 _MODULES = ("checkpoint", "losses", "metrics")
 __all__ = [*_HOMES, *_MODULES]

@@ -10,14 +10,16 @@ import pytest
 import gridreg
 
 
-@pytest.mark.parametrize("first", ["gridreg.refinement", "gridreg.fast", "gridreg.checkpoint", "gridreg.spatial"])
+@pytest.mark.parametrize(
+    "first", ["gridreg.refinement", "gridreg.laplace", "gridreg.fast", "gridreg.checkpoint", "gridreg.spatial"]
+)
 def test_functions_are_functions_and_modules_are_modules(first):
     """In a process of its own, where nothing else has been imported."""
     code = f"""
 import importlib, pkgutil, types
 importlib.import_module({first!r})
 import gridreg
-for name in ("refine", "warp", "upsample", "upsample_sigma", "transform_points"):
+for name in ("refine", "posterior", "warp", "upsample", "upsample_sigma", "transform_points"):
     assert isinstance(getattr(gridreg, name), types.FunctionType), name
 for name in ("losses", "metrics", "checkpoint"):
     assert isinstance(getattr(gridreg, name), types.ModuleType), name

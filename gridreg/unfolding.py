@@ -1,0 +1,107 @@
+"""Folds of a displacement field, found and taken out, where control points moved freely.
+
+The bound of ``upsampling.displacement_bound`` forbids folds, at the price of reach: no control point moves by half a
+spacing. On a fine grid that is less than anatomies differ. ``unfold`` lets the control points move as they will, and then
+smooths those around a fold, and only those, until no fold is left.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gridreg.spatial import Shape, check_volume
+from gridreg.upsampling import apply_along_axes, basis, upsample
+
+LEAST_VOLUME = 0.01  # of a cell; less counts as a fold, so that rounding makes none
+ROUNDS = 200
+TOUCHED = 0.5  # summed weight of a control point at the voxels of a fold from which on it is smoothed
+SHARE = 0.25  # of the neighbours' mean
+
+
+def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
+    """(W, H, D) bool: voxels at a fold of x + u(x), for u (3, W, H, D) in voxels. Two definitions, either counts.
+
+    - A tetrahedron is turned over: each cell of eight voxels is cut into six, in two mirror-image ways
+      (``metrics.nondiffeomorphic_percent``). All eight voxels are marked.
+    - det J ≤ 0 with central differences (``metrics.folding_percent``).
+
+    where: (W, H, D) bool, voxels at which to look; None: everywhere. Only steep cells are looked at. Where Σ_b |∂u_a/∂x_b| < 1 for each a, J is diagonally dominant, and nothing folds.
+    """
+    shape, device = displacement.shape[1:], displacement.device
+    marked = torch.zeros(shape, dtype=torch.bool, device=device)
+    corners = torch.tensor(list(product((0, 1), repeat=3)), device=device)
+    steep = _steep_cells(displacement)
+    if where is not None:
+        steep &= F.max_pool3d(where[None, None].float(), 2, 1)[0, 0] > 0
+    cells = steep.nonzero()  # (K, 3)
+    if len(cells) == 0:
+        return marked
+
+    def moved(voxels: Tensor) -> Tensor:
+        """(..., 3) where the voxels go."""
+        return displacement[:, voxels[..., 0], voxels[..., 1], voxels[..., 2]].movedim(0, -1) + voxels
+
+    around = cells[:, None] + corners  # (K, 8, 3)
+    place, turned = moved(around), torch.zeros(len(cells), dtype=torch.bool, device=device)
+    for mirror, path in product((0, 1), permutations(range(3))):
+        offset, vertices = [mirror, 0, 0], []
+        for axis in (None, *path):
+            if axis is not None:
+                offset[axis] = 1 - offset[axis]
+            vertices.append(place[:, 4 * offset[0] + 2 * offset[1] + offset[2]])
+        a, b, c = (vertex - vertices[0] for vertex in vertices[1:])
+        sign = torch.linalg.det(torch.eye(3)[list(path)]).item() * (-1 if mirror else 1)
+        turned |= sign * (torch.linalg.cross(a, b) * c).sum(-1) < LEAST_VOLUME
+    marked[around[turned].flatten(0, 1).unbind(1)] = True
+
+    voxels, last = around.flatten(0, 1).unique(dim=0), torch.tensor(shape, device=device) - 1
+    columns = []
+    for axis in range(3):
+        step = torch.zeros(3, dtype=torch.long, device=device)
+        step[axis] = 1
+        after, before = torch.minimum(voxels + step, last), (voxels - step).clamp(min=0)
+        columns.append((moved(after) - moved(before)) / (after - before)[:, axis, None])
+    determinant = (torch.linalg.cross(columns[0], columns[1]) * columns[2]).sum(-1)
+    marked[voxels[determinant < LEAST_VOLUME].unbind(1)] = True
+    return marked
+
+
+def _steep_cells(displacement: Tensor) -> Tensor:
+    """(W - 1, H - 1, D - 1) bool: cells where the largest |∂u_a/∂x_b| along their edges do not add up to less than 1."""
+    total = 0
+    for axis in range(3):
+        steepest = displacement.diff(dim=1 + axis).abs()
+        for other in range(3):
+            if other != axis:
+                n = steepest.shape[1 + other] - 1
+                steepest = torch.maximum(steepest.narrow(1 + other, 0, n), steepest.narrow(1 + other, 1, n))
+        total = total + steepest
+    return (total >= 1 - LEAST_VOLUME).any(0)
+
+
+@torch.no_grad()
+def unfold(control_points: Tensor, shape: Shape, upsampling: str = "trilinear") -> Tensor:
+    """Control points (1, 3, gw, gh, gd), in voxels, whose field folds nowhere; the same ones where it never did.
+
+    Each round averages the control points around folds with their neighbours. ValueError on other shapes, and
+    RuntimeError if folds are left after ``ROUNDS``.
+    """
+    check_volume(control_points, 3, "control_points")
+    back = [basis(n, g, upsampling, control_points.device).T for n, g in zip(shape, control_points.shape[2:])]
+    field = upsample(control_points, shape, upsampling)[0]
+    marked = folds(field)
+    for _ in range(ROUNDS):
+        if not marked.any():
+            return control_points
+        touched = apply_along_axes(marked[None, None].float(), back) > TOUCHED
+        smooth = F.avg_pool3d(F.pad(control_points, (1,) * 6, mode="replicate"), 3, 1)
+        control_points = torch.where(touched, torch.lerp(control_points, smooth, SHARE), control_points)
+        before, field = field, upsample(control_points, shape, upsampling)[0]
+        changed = (field != before).any(0)
+        changed = F.max_pool3d(changed[None, None].float(), 3, 1, 1)[0, 0] > 0  # differences reach one voxel further
+        marked = (marked & ~changed) | folds(field, changed)
+    raise RuntimeError(f"found folds after {ROUNDS} rounds of smoothing, expected none")

@@ -35,10 +35,11 @@ def network_kinds(run: dict[str, Any]) -> list[str]:
     method = run["method"]
     if method == "gridreg":
         kind = f"gridreg-{run.get('upsampling', 'trilinear')}"
-        kind += "-match" * (run.get("encoder") == "match") + "-fold-free" * run.get("fold_free", False)
+        kind += "-fold-free" * run.get("fold_free", False)
         kind += "-bayesian" * run.get("bayesian", False) + "-no-projector" * (not run.get("projector", True))
         layers = run.get("num_layers", 5)
-        return [kind, *([] if layers == 5 else [f"gridreg-{layers}-layers"])]
+        matching = ["gridreg-match"] if run.get("encoder") == "match" else []
+        return [kind, *([] if layers == 5 else [f"gridreg-{layers}-layers"]), *matching]
     if method == "keymorph":
         layers = run.get("layers", 9)
         return [f"keymorph-{run.get('align', 'tps')}", *([] if layers == 9 else [f"keymorph-{layers}-layers"])]

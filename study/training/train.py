@@ -172,7 +172,7 @@ def optimise(
 
     for step in range(start, steps):
         began = time.perf_counter()
-        identical = settings.get("identical", 0.0)
+        identical = settings.get("identical") or 0.0
         chosen, grid = draw(pairs, grids, settings["batch"], seed, step, fabric.global_rank, identical)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings["learning_rate"])

@@ -21,6 +21,8 @@ VARIANTS = [
     {"base_channels": 8, "num_layers": 4},
     {"base_channels": 32},
     {"num_layers": 9},
+    {"encoder": "match"},
+    {"encoder": "match", "passes": 2, "bayesian": True},
 ]
 
 

@@ -104,6 +104,8 @@ BAD = [
         "fold_free: true",
         "runs.gridreg-5: fold_free is true and upsampling trilinear; expected bspline",
     ),
+    ("bayesian: false", "passes: 2", "runs.gridreg-5: passes is 2 and encoder pair; expected match"),
+    ("bayesian: false", "encoder: both", "encoder is 'both'; expected one of pair, match"),
     ("batch: 4", "batch: 0", "batch is 0; expected a whole number of at least 1"),
     ("epochs: null", "epochs: 3", "expected a number for exactly one of them"),
     ("\ntrain:", "\ntrian:", "unknown parameter 'trian'.*nearest: train"),
@@ -168,7 +170,8 @@ def test_a_run_is_its_base_and_what_differs(path):
     runs = load(path)["runs"]
     assert runs["gridreg-8"] == {
         "method": "gridreg", "grids": [[8, 8, 8]], "base_channels": 16, "num_layers": 4, "upsampling": "trilinear",
-        "projector": True, "fold_free": False, "bayesian": False, "samples": 1, "batch": 3,
+        "projector": True, "fold_free": False, "encoder": "pair", "passes": 1, "bayesian": False, "samples": 1,
+        "batch": 3,
     }  # fmt: skip
     assert runs["gridreg-adaptive"]["grids"] == [[8, 8, 8], [10, 10, 10]] and runs["voxelmorph"]["width"] == 16
 
@@ -242,7 +245,7 @@ def test_small_numbers_may_be_written_as_powers_of_ten(path):
 def test_a_run_has_its_own_training_values_before_those_of_train():
     shared = {"steps": 10, "batch": 4, "learning_rate": 1e-3, "validate_every": 1, "beta2": 0.98, "bending": 1.0}
     params = {"runs": {"a": {"batch": 2}, "b": {"epochs": 5}}, "train": shared}
-    assert train_settings(params, "a") == shared | {"epochs": None, "batch": 2}
+    assert train_settings(params, "a") == shared | {"epochs": None, "batch": 2, "clip": None, "identical": None}
     assert train_settings(params, "b")["steps"] is None and train_settings(params, "b")["epochs"] == 5
 
 

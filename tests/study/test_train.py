@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from small_training import ROOT, RUN, SETTINGS, SHAPE, SPACING, run_training, same, weights_of
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gridreg import checkpoint
 from gridreg.checkpoint import load_model
@@ -146,6 +147,47 @@ def test_voxelmorph_takes_the_same_path(folder, tmp_path):
     result = run_training(folder, tmp_path / "vxm", tmp_path / "scratch", run=run, settings=SETTINGS | {"steps": 2})
     network, config = load_model(tmp_path / "vxm", build)
     assert config["grid"] is None and result["grid"] == ""
+
+
+def test_the_matching_encoder_takes_the_same_path(folder, tmp_path):
+    """And learns, with clipped gradients and identical pairs among the others."""
+    run = RUN | {"encoder": "match", "passes": 2}
+    settings = SETTINGS | {"steps": 12, "validate_every": 12, "clip": 0.1, "identical": 0.1}
+    result = run_training(folder, tmp_path / "model", tmp_path / "scratch", run=run, settings=settings)
+    network, grids, chosen, _ = load_run(run, tmp_path / "model")
+    assert network.passes == 2 and result["parameters"] == training.parameter_count(build(run))
+    how = {"dataset": "blobs", "run": "gridreg", "method": "gridreg"}
+    after = evaluate(Preprocessed(folder), network, **how, grids=grids, chosen=chosen)
+    nothing, *_ = load_run({"method": "identity"}, tmp_path)
+    before = evaluate(Preprocessed(folder), nothing, **how, grids=[None], chosen=None)
+    assert after["tre_mm"].mean() < 0.4 * before["tre_mm"].mean()
+
+
+def test_gradients_are_clipped_where_a_run_asks_for_it(folder, tmp_path):
+    norms, trained = [], []
+
+    def record(optimiser, *_):
+        gradients = [p.grad for p in optimiser.param_groups[0]["params"]]
+        norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        for number, clip in enumerate((None, 1e-3)):
+            settings = SETTINGS | {"steps": 2, "clip": clip}
+            run_training(folder, tmp_path / f"{number}", tmp_path / "scratch", settings=settings)
+            trained += norms[-2:]  # before them come those of the fingerprint
+    finally:
+        handle.remove()
+    assert min(trained[:2]) > 1e-3 and trained[2:] == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
+def test_identical_pairs_are_drawn_and_leave_the_other_draws_alone():
+    pairs, grids = [(f"a{i}", f"b{i}") for i in range(9)], [None]
+    plain, mixed = ([training.draw(pairs, grids, 4, 1, step, 0, p)[0] for step in range(200)] for p in (0.0, 0.25))
+    drawn = [(a, b) for left, right in zip(plain, mixed) for a, b in zip(left, right)]
+    same = [b for a, b in drawn if a != b]
+    assert all(b[0] == b[1] == a[0] for a, b in drawn if a != b)
+    assert 0.18 < len(same) / len(drawn) < 0.32
 
 
 def test_epochs_count_passes_over_the_pairs_or_over_the_subjects():

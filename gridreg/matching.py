@@ -41,6 +41,7 @@ MOST_VOXELS = 2**20  # of the images that the encoder sees
 MOST_TOKENS = 2000  # that are matched with one another; more need a coarser lattice
 DESCRIPTOR = 32  # channels
 LEAST_VARIANCE = 0.1  # of a matched position, in squared ``UNITS``
+TINY = 1e-4  # squared ``UNITS``; under the root of a variance that may be 0
 UNITS = 16  # to a width of the image: displacements of tokens come in these units
 STRIDES = (16, 8, 4)  # voxels between the tokens of the lattices, from wide windows to narrow ones
 SWEEPS = 2  # of ``fit`` over these lattices
@@ -235,7 +236,8 @@ class MatchingEncoder(nn.Module):
         stride = {layer: 2 ** min(layer, 4) for layer in features}
         tokens = finest(shape, MOST_TOKENS, STRIDES[-1])
         described = [read(features[layer], shape, tokens, stride[layer]) for layer in self.described]
-        descriptors = self.describe(torch.cat(described, dim=1).flatten(2).transpose(1, 2))
+        with torch.autocast(image.device.type, enabled=False):
+            descriptors = self.describe(torch.cat(described, dim=1).flatten(2).transpose(1, 2))
         features = {n: read(features[n], shape, lattice(shape, stride[n]), stride[n]) for n in self.layers}
         return Seen(standard, features, F.normalize(descriptors, dim=-1))
 
@@ -243,9 +245,7 @@ class MatchingEncoder(nn.Module):
         """Expected position and its variance (B, 3, *tokens) in ``UNITS``, and expected similarity (B, 1, *tokens)."""
         axes = [torch.linspace(-UNITS / 2, UNITS / 2, n, device=fixed.device, dtype=fixed.dtype) for n in tokens]
         place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2).expand(len(fixed), -1, -1)
-        near = (
-            -2 * self.log_reach
-        ).exp()  # 1 / s²; |y - x|² splits into products, so that attention has it for nothing
+        near = (-2 * self.log_reach).exp()  # 1 / s². Of |y - x|² the part that softmax sees is a product, as q·k is
         query = torch.cat([fixed * self.log_temperature.exp(), place * near, torch.ones_like(place[..., :1])], dim=-1)
         key = torch.cat([moving, place, -place.square().sum(-1, keepdim=True) * near / 2], dim=-1)
         value = torch.cat([place, place.square(), moving], dim=-1)
@@ -267,32 +267,58 @@ class MatchingEncoder(nn.Module):
         control_points  (B, 3, gw, gh, gd) of the passes before, in voxels of (w, h, d); zeros in the ``first`` one
         field           control points and (w, h, d) → displacement (B, 3, w, h, d)
         """
+        seen = self.look(moving if first else warp(moving, field(control_points, tuple(moving.shape[2:]))))
+        with torch.autocast(moving.device.type, enabled=False):  # a displacement needs all its digits
+            control_points, matched, local = self.find(fixed, seen, moving, control_points, field)
+        return self.for_decoder(fixed, seen, matched, local), control_points
+
+    def nothing_to_do(self, fixed: Seen) -> dict[int, Tensor]:
+        """What the decoder would read of the fixed image with itself; what it says of that is no displacement."""
+        with torch.autocast(fixed.image.device.type, enabled=False):
+            variance = fixed.own[1]
+            matched = torch.cat([torch.zeros_like(variance), (variance + TINY).sqrt(), fixed.own[2] * 0], dim=1)
+            matrix, zero, cost = normal_equations(fixed.image, fixed.image, lattice(fixed.image.shape[2:], STRIDES[-1]))
+            local = torch.cat([zero, self.unknown(matrix), cost], dim=1)
+        return self.for_decoder(fixed, fixed, matched, local)
+
+    def for_decoder(self, fixed: Seen, seen: Seen, matched: Tensor, local: Tensor) -> dict[int, Tensor]:
+        """Features of both images, and what was found, at the lattice of each layer that the decoder reads."""
+        tokens = {}
+        for layer in self.layers:
+            steps = [matched, local] if layer == self.layers[-1] else [matched]
+            size = tuple(fixed.features[layer].shape[2:])
+            parts = [fixed.features[layer], seen.features[layer], *(resample(step, size) for step in steps)]
+            tokens[layer] = torch.cat(parts, dim=1)
+        return tokens
+
+    def unknown(self, matrix: Tensor) -> Tensor:
+        """Spread of the least squares along each axis (B, 3, ...), as a share of what it is without an image."""
+        damping = self.log_damping[-1, -1].exp()
+        return (inverse(matrix + damping * diagonal(torch.ones_like(matrix[:, :3])))[:, [0, 3, 5]] * damping).sqrt()
+
+    def find(
+        self, fixed: Seen, seen: Seen, moving: Tensor, control_points: Tensor, field: Callable[[Tensor, Shape], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Both steps: the control points with what they add, and displacement, spread and cost of their tokens.
+
+        The spread of a matched token is the standard deviation of its position; that of the least squares is a share of
+        what it would be without an image, 1 where nothing is known. The displacements come in ``UNITS``. Other arguments
+        as for ``forward``; seen is the moving image, warped by the passes before.
+        """
         shape, grid_size = tuple(moving.shape[2:]), tuple(control_points.shape[2:])
         unit = moving.new_tensor([(n - 1) / UNITS for n in shape]).view(3, 1, 1, 1)  # voxels
-        tokens, fine = finest(shape, MOST_TOKENS, STRIDES[-1]), lattice(shape, STRIDES[-1])
 
-        seen = self.look(moving if first else warp(moving, field(control_points, shape)))
-        mean, variance, similarity = self.attend(fixed.descriptors, seen.descriptors, tokens)
-        own, _, own_similarity = fixed.own
-        found = mean - own
-        weight = 1 / (variance + LEAST_VARIANCE)
-        matched = fit(diagonal(weight), weight * found, shape, self.log_damping_matched.exp())
-        control_points = control_points + self.gain[0] * resample(matched, grid_size) * unit
+        position, variance, similarity = self.attend(
+            fixed.descriptors, seen.descriptors, finest(shape, MOST_TOKENS, STRIDES[-1])
+        )
+        own_position, _, own_similarity = fixed.own
+        displacement, weight = position - own_position, 1 / (variance + LEAST_VARIANCE)
+        matched = torch.cat([displacement, (variance + TINY).sqrt(), own_similarity - similarity], dim=1)
+        smooth = fit(diagonal(weight), weight * displacement, shape, self.log_damping_matched.exp())
+        control_points = control_points + self.gain[0] * resample(smooth, grid_size) * unit
 
         warped = standardised(warp(moving, field(control_points, shape)), self.log_floor.exp())
-        matrix, right, cost = normal_equations(fixed.image, warped, fine)
-        damping = self.log_damping.exp()
-        local = fit(matrix, right, shape, damping)
-        known = inverse(matrix + damping[-1, -1] * diagonal(torch.ones_like(right)))[:, [0, 3, 5]]
-        spread = (known * damping[-1, -1]).sqrt()  # 1 where nothing is known
-        control_points = control_points + self.gain[1] * resample(local, grid_size)
-
-        matched = torch.cat([found, (variance + 1e-4).sqrt(), own_similarity - similarity], dim=1)
-        local = torch.cat([local / unit, spread, cost], dim=1)
-        for_decoder = {}
-        for layer in self.layers:
-            features = [fixed.features[layer], seen.features[layer]]
-            steps = [matched, local] if layer == self.layers[-1] else [matched]
-            size = tuple(features[0].shape[2:])
-            for_decoder[layer] = torch.cat(features + [resample(step, size) for step in steps], dim=1)
-        return for_decoder, control_points
+        matrix, right, cost = normal_equations(fixed.image, warped, lattice(shape, STRIDES[-1]))
+        displacement = fit(matrix, right, shape, self.log_damping.exp())
+        local = torch.cat([displacement / unit, self.unknown(matrix), cost], dim=1)
+        return control_points + self.gain[1] * resample(displacement, grid_size), matched, local

@@ -213,8 +213,9 @@ class GridReg(nn.Module):
             return upsample(control_points, size, self.upsampling)
 
         seen, control_points = self.encoder.look_at_fixed(fixed), fixed.new_zeros(len(fixed), 3, *grid_size)
+        nothing = self._displace(self._decode(self.encoder.nothing_to_do(seen), grid_size), half, grid_size)
         for number in range(self.passes):
             features, control_points = self.encoder(seen, moving, control_points, field, first=number == 0)
             y = self._decode(features, grid_size)
-            control_points = control_points + self._displace(y, half, grid_size) / scale
+            control_points = control_points + (self._displace(y, half, grid_size) - nothing) / scale
         return control_points * scale, y

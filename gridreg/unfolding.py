@@ -29,7 +29,7 @@ def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
       (``metrics.nondiffeomorphic_percent``). All eight voxels are marked.
     - det J ≤ 0 with central differences (``metrics.folding_percent``).
 
-    where: (W, H, D) bool, voxels at which to look; None: everywhere. Only steep cells are looked at. Where Σ_b |∂u_a/∂x_b| < 1 for each a, J is diagonally dominant, and nothing folds.
+    where: (W, H, D) bool, voxels at which to look; None: everywhere. Only steep cells are looked at.
     """
     shape, device = displacement.shape[1:], displacement.device
     marked = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -71,16 +71,26 @@ def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def _steep_cells(displacement: Tensor) -> Tensor:
-    """(W - 1, H - 1, D - 1) bool: cells where the largest |∂u_a/∂x_b| along their edges do not add up to less than 1."""
-    total = 0
+    """(W - 1, H - 1, D - 1) bool: cells whose edges do not exclude a fold.
+
+    With G_ab = ∂u_a/∂x_b and A = I + G, det A ≥ m³ if every eigenvalue of (A + Aᵀ) / 2 is at least m > 0, and each is at
+    least the smallest over a of 1 + G_aa - Σ_b≠a |G_ab + G_ba| / 2 (Gershgorin).
+    """
+    least = torch.ones(3, *(n - 1 for n in displacement.shape[1:]), device=displacement.device)
     for axis in range(3):
-        steepest = displacement.diff(dim=1 + axis).abs()
+        difference = displacement.diff(dim=1 + axis)
+        lowest, highest = difference[axis], difference.abs()
+        for other in range(3):  # over the four edges of a cell along this axis
+            if other != axis:
+                n = displacement.shape[1 + other] - 1
+                lowest = torch.minimum(lowest.narrow(other, 0, n), lowest.narrow(other, 1, n))
+                highest = torch.maximum(highest.narrow(1 + other, 0, n), highest.narrow(1 + other, 1, n))
+        least[axis] += lowest
         for other in range(3):
             if other != axis:
-                n = steepest.shape[1 + other] - 1
-                steepest = torch.maximum(steepest.narrow(1 + other, 0, n), steepest.narrow(1 + other, 1, n))
-        total = total + steepest
-    return (total >= 1 - LEAST_VOLUME).any(0)
+                least[axis] -= highest[other] / 2
+                least[other] -= highest[other] / 2
+    return (least < LEAST_VOLUME ** (1 / 3)).any(0)
 
 
 @torch.no_grad()

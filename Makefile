@@ -24,7 +24,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env data profile repro benchmark smoke test test-browser lab checkpoints cohort lock
+.PHONY: help env data profile repro benchmark smoke test test-browser lab docs checkpoints cohort lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,9 @@ lab: $(STAMP) data ## Open the notebooks in JupyterLab
 # Data and checkpoints come with the clone, out of the DVC remote inside the repository.
 data: $(STAMP)
 	@{ test -d data && test -d checkpoints; } || "$(BIN)/python" -m study.pipeline --pull
+
+docs: $(STAMP) data ## Execute the quick start and the lessons, and write their copies into docs/rendered
+	"$(BIN)/python" -m study.rendering
 
 checkpoints: $(STAMP) ## Take what the interactive notebooks open from the results: an adaptive Bayesian GridReg for each cohort
 	for dataset in prostate pelvis brain; do mkdir -p checkpoints/$$dataset; \

@@ -9,7 +9,7 @@ through one shared encoder, and two steps compare the results:
        d(x) = Σ_y A(x, y) (y - x),   A = softmax_y(t · q(x)·k(y) - |y - x|² / 2s²),
 
    and the variance of y under A. Temperature t and reach s are learnt. An image matched with itself has d ≠ 0 near the
-   border, where all candidates lie on one side; that part is subtracted, so identical images give 0.
+   border, where all candidates lie on one side; that part is subtracted.
 2. Local least squares, for what is smaller than a voxel. With r = F - M∘φ the residual of the standardised images and g
    their mean gradient, the displacement u of a window minimises Σ (r - g·u)² + λ |u|² (Lucas & Kanade 1981):
 
@@ -19,7 +19,8 @@ through one shared encoder, and two steps compare the results:
 
 Images of more than ``MOST_VOXELS`` are read at half the resolution, or less: the grid of control points is far coarser.
 Both steps end in normal equations of tokens, G u = b. ``fit`` solves them from wide windows to narrow ones with learnt
-damping λ. The decoder reads displacements, spreads and residuals beside the features of both images.
+damping λ. The decoder reads displacements, spreads and residuals beside the features of both images, and adds what they
+lack. From that, what it says of the fixed image with itself is subtracted: identical images stay where they are.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ class MatchingEncoder(nn.Module):
         query = torch.cat([fixed * self.log_temperature.exp(), place * near, torch.ones_like(place[..., :1])], dim=-1)
         key = torch.cat([moving, place, -place.square().sum(-1, keepdim=True) * near / 2], dim=-1)
         value = torch.cat([place, place.square(), moving], dim=-1)
-        width = max(query.shape[-1], value.shape[-1])
+        width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8  # the fast kernels want one width, a multiple of 8
         query, key, value = (F.pad(x, (0, width - x.shape[-1]))[:, None] for x in (query, key, value))
         found = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
         mean, square = found[..., :3], found[..., 3:6]

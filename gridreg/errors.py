@@ -15,6 +15,11 @@ class InputError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def refused(where: object, found: str, expected: str) -> InputError:
+    """The error of one sentence: a file or parameter, what was found there, and what was expected."""
+    return InputError(f"{where}: found {found}, expected {expected}.")
+
+
 def exit_status(call: Callable[[], object]) -> int:
     """Do what a command line asks for: 0, or 1 after one line on stderr for an error that is the user's to mend."""
     try:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import from_matvec
+from nibabel.spaces import vox2out_vox
 
-from gridreg.errors import InputError, extra
-from gridreg.scans.geometry import RAS_TO_LPS, apply_affine, corners
-from gridreg.scans.intensity import normalise
+from gridreg.errors import extra, refused
+from gridreg.scans.geometry import RAS_TO_LPS, apply_affine
+from gridreg.scans.intensity import normalise, read_normalised
 from gridreg.scans.resample import resample_image
-from gridreg.scans.volumes import read_image
 
 WORKING_MM = 2.0
 # at 12, 8, 4 and 2 mm; ANTs' default (2100, 1200, 1200, 10) took three times as long and, on three real scans,
@@ -50,36 +52,25 @@ def read_reference(reference: str | Path) -> Reference:
         mask = load_mni152_brain_mask(resolution=int(WORKING_MM))
         brain = template.get_fdata(dtype=np.float32) * mask.get_fdata(dtype=np.float32)
         return as_reference("mni152", normalise(brain), template.affine)
-    volume = read_image(reference)
-    image = normalise(volume.data, name=str(reference))
+    volume, image = read_normalised(reference)
     return as_reference(str(reference), *working_copy(image, volume.affine), volume.geometry.oriented)
 
 
 def as_reference(name: str, image: np.ndarray, affine: np.ndarray, oriented: bool = True) -> Reference:
     """What an image in [0, 1] on an upright 2 mm grid is as a reference."""
-    return Reference(name, image, affine, centre_of(image, affine), oriented)
+    return Reference(name, image, affine, content_box(image, affine).mean(axis=0), oriented)
 
 
 def content_box(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """The world box, RAS mm, around the foreground of an image in [0, 1]: (lowest, highest), (2, 3)."""
-    foreground = image > FOREGROUND
-    along = [np.flatnonzero(foreground.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    ends = np.array([(at[0], at[-1]) for at in along])  # (3, 2) voxels
-    world = apply_affine(affine, np.array([[i, j, k] for i in ends[0] for j in ends[1] for k in ends[2]], float))
+    along = [np.flatnonzero((image > FOREGROUND).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    world = apply_affine(affine, np.array(list(product(*((at[0], at[-1]) for at in along))), float))
     return np.stack([world.min(axis=0), world.max(axis=0)])
-
-
-def centre_of(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """World RAS mm of the centre of the box around the foreground of an image in [0, 1], (3,)."""
-    return content_box(image, affine).mean(axis=0)
 
 
 def working_copy(image: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The whole image on an upright 2 mm grid: (array, voxel → world affine)."""
-    world = apply_affine(affine, corners(image.shape))
-    shape = tuple(int(n) for n in np.ceil(np.ptp(world, axis=0) / WORKING_MM) + 1)
-    grid = np.diag([WORKING_MM] * 3 + [1.0])
-    grid[:3, 3] = world.min(axis=0)
+    shape, grid = vox2out_vox((image.shape, affine), [WORKING_MM] * 3)
     return resample_image(image, np.linalg.inv(affine) @ grid, shape), grid
 
 
@@ -100,17 +91,14 @@ def align(image: np.ndarray, affine: np.ndarray, reference: Reference, name: str
             result = ants.registration(fixed, moving, "Affine", outprefix=f"{folder}/", aff_iterations=ITERATIONS)
             matrix = _to_matrix(ants.read_transform(result["fwdtransforms"][0]))
     except RuntimeError as error:
-        raise InputError(
-            f"{name}: found no affine alignment to {reference.name} ({error}), expected a scan of the same body part."
-        ) from error
+        found = f"no affine alignment to {reference.name} ({error})"
+        raise refused(name, found, "a scan of the same body part") from error
     finally:
         ants.config.set_ants_deterministic(on=False, seed_value=None)
     ratio = np.linalg.det(matrix[:3, :3])
     if not VOLUME_RATIO[0] < ratio < VOLUME_RATIO[1]:
-        raise InputError(
-            f"{name}: found an affine alignment to {reference.name} that scales volumes by {ratio:.2g}, "
-            f"expected {VOLUME_RATIO[0]:g} to {VOLUME_RATIO[1]:g} for a scan of the same body part."
-        )
+        found = f"an affine alignment to {reference.name} that scales volumes by {ratio:.2g}"
+        raise refused(name, found, "{:g} to {:g} for a scan of the same body part".format(*VOLUME_RATIO))
     return matrix
 
 
@@ -125,8 +113,6 @@ def _to_ants(image: np.ndarray, affine: np.ndarray):
 def _to_matrix(transform) -> np.ndarray:
     """An ITK affine transform (LPS: y = A (x - c) + c + t) as a 4×4 matrix in RAS."""
     parameters, centre = np.asarray(transform.parameters), np.asarray(transform.fixed_parameters)
-    matrix = np.eye(4)
-    matrix[:3, :3] = parameters[:9].reshape(3, 3)
-    matrix[:3, 3] = parameters[9:] + centre - matrix[:3, :3] @ centre
+    linear = parameters[:9].reshape(3, 3)
     flip = np.diag([*RAS_TO_LPS, 1.0])
-    return flip @ matrix @ flip
+    return flip @ from_matvec(linear, parameters[9:] + centre - linear @ centre) @ flip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from gridreg.errors import InputError
+from gridreg.errors import refused
+from gridreg.scans.volumes import Volume, read_image
 
 BACKGROUND_SHARE = 0.1  # a volume with this share of voxels at its lowest value has a background, e.g. skull-stripped
 PERCENTILES = (0.1, 99.9)
@@ -33,9 +35,15 @@ class Intensity:
 
     def __post_init__(self) -> None:
         if self.window is not None and not (len(self.window) == 2 and self.window[0] < self.window[1]):
-            raise InputError(f"window: found {self.window!r}, expected null or two numbers, the lower one first.")
+            raise refused("window", repr(self.window), "null or two numbers, the lower one first")
         if self.nan not in ("refuse", "background"):
-            raise InputError(f"nan: found {self.nan!r}, expected refuse or background.")
+            raise refused("nan", repr(self.nan), "refuse or background")
+
+
+def read_normalised(path: Path | str, intensity: Intensity = Intensity()) -> tuple[Volume, np.ndarray]:
+    """A scan as ``read_image`` reads it, and its image in [0, 1]."""
+    volume = read_image(path, intensity.nan)
+    return volume, normalise(volume.data, intensity, str(path))
 
 
 def normalise(data: np.ndarray, intensity: Intensity = Intensity(), name: str = "image") -> np.ndarray:
@@ -48,20 +56,13 @@ def normalise(data: np.ndarray, intensity: Intensity = Intensity(), name: str = 
     counted = np.isfinite(data)
     if intensity.padding_value is not None:
         counted &= data != np.float32(intensity.padding_value)
-    if intensity.window is not None:
-        low, high = intensity.window
-    else:
-        low, high = _limits(data[counted] if not counted.all() else data)
-    scaled = np.clip((data - low) / (high - low), 0, 1).astype(np.float32) if high > low else None
-    if scaled is not None and not counted.all():
-        scaled[~counted] = 0
-    if scaled is None or scaled.min() == scaled.max():
-        found = (
-            "one value in all voxels that count"
-            if scaled is None
-            else f"no contrast within the window {low:g} to {high:g}"
-        )
-        raise InputError(f"{name}: found {found}, expected an image with contrast.")
+    low, high = intensity.window or _limits(data if counted.all() else data[counted])
+    if not high > low:
+        raise refused(name, "one value in all voxels that count", "an image with contrast")
+    scaled = np.clip((data - low) / (high - low), 0, 1).astype(np.float32)
+    scaled[~counted] = 0
+    if scaled.min() == scaled.max():
+        raise refused(name, f"no contrast within the window {low:g} to {high:g}", "an image with contrast")
     return scaled
 
 
@@ -74,13 +75,9 @@ def _limits(data: np.ndarray) -> tuple[float, float]:
     low, high = data.min(), data.max()
     foreground = data[data > low]
     if foreground.size < (1 - BACKGROUND_SHARE) * data.size:
-        if foreground.size:
-            high = np.percentile(foreground, PERCENTILES[1])
-    else:
-        low, high = np.percentile(data, PERCENTILES)
-        if not high > low:  # fewer than 0.2 % of the voxels differ from the rest
-            low, high = data.min(), data.max()
-    return low, high
+        return low, np.percentile(foreground, PERCENTILES[1]) if foreground.size else high
+    inner = np.percentile(data, PERCENTILES)
+    return tuple(inner) if inner[1] > inner[0] else (low, high)  # fewer than 0.2 % of the voxels differ from the rest
 
 
 def _is_ct(data: np.ndarray) -> bool:

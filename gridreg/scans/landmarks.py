@@ -13,13 +13,12 @@ Slicer's ``.fcsv`` and ``.mrk.json`` state their coordinate system themselves.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 
-from gridreg.errors import InputError
+from gridreg.errors import refused
 from gridreg.scans.files import read_text, renamed
 from gridreg.scans.geometry import RAS_TO_LPS, Geometry, apply_affine
 
@@ -27,6 +26,9 @@ SUFFIXES = (".csv", ".tsv", ".fcsv", ".mrk.json")
 UNITS = {"mm": "ras", "mm_ras": "ras", "mm_lps": "lps", "voxel": "voxel"}  # of a header → what the numbers are
 SLICER = {"RAS": "ras", "LPS": "lps", "0": "ras", "1": "lps"}  # numbers in files from before Slicer 4.11
 BODY = 0.5  # times the mean intensity: brighter voxels are the body
+STATE_LPS = "a table in LPS states x_mm_lps,y_mm_lps,z_mm_lps"
+
+Rows = list[list[str]]  # of a name and three numbers
 
 
 def read_points(path: Path | str) -> tuple[dict[str, np.ndarray], str]:
@@ -35,16 +37,13 @@ def read_points(path: Path | str) -> tuple[dict[str, np.ndarray], str]:
     InputError for a file that states no unit, an empty one, a repeated name, or a value that is no finite number.
     """
     path = Path(path)
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: found no such file, expected a landmark table.") from None
-    if path.name.lower().endswith(".json"):
-        system, rows = _markups(path, text)
-    elif path.suffix.lower() == ".fcsv":
-        system, rows = _fcsv(path, text)
-    else:
-        system, rows = _table(path, text)
+    if not path.is_file():
+        raise refused(path, "no such file", "a landmark table")
+    name = path.name.lower()
+    read = _markups if name.endswith(".json") else _fcsv if name.endswith(".fcsv") else _table
+    system, rows = read(path, read_text(path))
+    if not rows:
+        raise refused(path, "no points", "at least one")
     points: dict[str, np.ndarray] = {}
     for name, *cells in rows:
         try:
@@ -53,7 +52,7 @@ def read_points(path: Path | str) -> tuple[dict[str, np.ndarray], str]:
             point = np.array([])
         if point.shape != (3,) or not np.isfinite(point).all() or name in points:
             row = ",".join(map(str, (name, *cells)))
-            raise InputError(f"{path}: found the row '{row}', expected a new name and three finite numbers.")
+            raise refused(path, f"the row '{row}'", "a new name and three finite numbers")
         points[name] = point * RAS_TO_LPS if system == "lps" else point
     return points, "voxel" if system == "voxel" else "mm"
 
@@ -70,34 +69,28 @@ def read_landmarks(
     where most points lie outside the body but would lie within it with x and y negated, as if the file were in LPS.
     """
     points, unit = read_points(path)
-    if unit == "mm" and not geometry.oriented:
-        raise InputError(
-            f"{path}: found points in mm of {geometry.path}, whose header states no orientation, expected x_voxel,y_voxel,z_voxel."
-        )
     if unit == "voxel":
         points = {name: apply_affine(geometry.affine, point) for name, point in points.items()}
+    elif not geometry.oriented:
+        found = f"points in mm of {geometry.path}, whose header states no orientation"
+        raise refused(path, found, "x_voxel,y_voxel,z_voxel")
     world = np.array(list(points.values()))
     stated, negated = (apply_affine(np.linalg.inv(affine), at) for at in (world, world * RAS_TO_LPS))
-    mirrored = ""
-    if unit == "mm" and inside(negated, data.shape).all():
-        mirrored = ": with x and y negated all would lie inside; a table in LPS states x_mm_lps,y_mm_lps,z_mm_lps"
+    mirrored = unit == "mm" and inside(negated, data.shape).all()
     for name, voxel in zip(points, stated):
         if not inside(voxel, data.shape):
-            size = "×".join(map(str, data.shape))
-            raise InputError(
-                f"{path}: found landmark '{name}' at voxel {np.round(voxel, 1).tolist()} (RAS order), "
-                f"expected it inside the {size} voxels of {geometry.path}{mirrored}."
+            found = f"landmark '{name}' at voxel {np.round(voxel, 1).tolist()} (RAS order)"
+            hint = f": with x and y negated all would lie inside; {STATE_LPS}" if mirrored else ""
+            raise refused(
+                path, found, f"it inside the {'×'.join(map(str, data.shape))} voxels of {geometry.path}{hint}"
             )
-    if not mirrored:
-        return points, ()
-    body = data > BODY * np.nanmean(data)
-    hit, would = (int(body[tuple(np.rint(at).astype(int).T)].sum()) for at in (stated, negated))
-    if not 2 * hit < would:
-        return points, ()
-    return points, (
-        f"{path}: {hit} of {len(points)} points lie within the body and {would} would with x and y negated; they are used as "
-        "stated, in RAS; a table in LPS states x_mm_lps,y_mm_lps,z_mm_lps",
-    )
+    if mirrored:
+        body = data > BODY * np.nanmean(data)
+        hit, would = (int(body[tuple(np.rint(at).astype(int).T)].sum()) for at in (stated, negated))
+        if 2 * hit < would:
+            return points, (f"{path}: {hit} of {len(points)} points lie within the body and {would} would with x and y negated; "
+                            f"they are used as stated, in RAS; {STATE_LPS}",)  # fmt: skip
+    return points, ()
 
 
 def write_landmarks(path: Path | str, points: dict[str, np.ndarray]) -> None:
@@ -113,55 +106,47 @@ def inside(voxel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return ((voxel >= -0.5) & (voxel <= np.asarray(shape) - 0.5)).all(axis=-1)
 
 
-def _rows(text: str, delimiter: str) -> list[list[str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    return [[cell.strip() for cell in row] for row in reader if any(cell.strip() for cell in row)]
+def _rows(lines: list[str], delimiter: str) -> Rows:
+    rows = ([cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter))
+    return [row for row in rows if any(row)]
 
 
-def _table(path: Path, text: str) -> tuple[str, list[list[str]]]:
+def _table(path: Path, text: str) -> tuple[str, Rows]:
     """What the numbers are ("ras", "lps" or "voxel") and the rows below the header."""
-    if not text.strip():
-        raise InputError(f"{path}: found an empty file, expected landmarks.")
-    first = text.lstrip().splitlines()[0]
-    delimiter = max(",;\t", key=first.count)
-    head, *rows = _rows(text, delimiter)
-    headers = {("name", *(f"{axis}_{unit}" for axis in "xyz")): system for unit, system in UNITS.items()}
-    system = headers.get(tuple(cell.lower() for cell in head))
+    lines = text.strip().splitlines()
+    if not lines:
+        raise refused(path, "an empty file", "landmarks")
+    delimiter = max(",;\t", key=lines[0].count)
+    head, *rows = _rows(lines, delimiter)
+    systems = {("name", *(f"{axis}_{unit}" for axis in "xyz")): system for unit, system in UNITS.items()}
+    system = systems.get(tuple(cell.lower() for cell in head))
     if system is None:
-        raise InputError(
-            f"{path}: found the header '{','.join(head)}', which states no unit, expected "
-            "'name,x_mm,y_mm,z_mm' (RAS), 'name,x_mm_lps,y_mm_lps,z_mm_lps' or 'name,x_voxel,y_voxel,z_voxel'."
-        )
+        expected = "'name,x_mm,y_mm,z_mm' (RAS), 'name,x_mm_lps,y_mm_lps,z_mm_lps' or 'name,x_voxel,y_voxel,z_voxel'"
+        raise refused(path, f"the header '{','.join(head)}', which states no unit", expected)
     if not rows:
-        raise InputError(f"{path}: found a header and no landmarks, expected at least one.")
+        raise refused(path, "a header and no landmarks", "at least one")
     if delimiter == ";":  # where a comma is the decimal mark, semicolons part the cells
-        rows = [[row[0], *(cell.replace(",", ".") for cell in row[1:])] for row in rows]
+        rows = [[name, *(cell.replace(",", ".") for cell in cells)] for name, *cells in rows]
     return system, rows
 
 
-def _fcsv(path: Path, text: str) -> tuple[str, list[list[str]]]:
+def _fcsv(path: Path, text: str) -> tuple[str, Rows]:
     """Slicer's older point list: comments that state the coordinate system and the columns, then rows."""
-    stated = {}
-    for line in text.splitlines():
-        key, mark, value = line.lstrip("# ").partition("=")
-        if line.startswith("#") and mark:
-            stated[key.strip()] = value.strip()
+    lines = text.splitlines()
+    stated = dict(
+        line.lstrip("# ").replace(" ", "").split("=", 1) for line in lines if line.startswith("#") and "=" in line
+    )
     system, columns = stated.get("CoordinateSystem"), stated.get("columns", "").split(",")
     if system not in SLICER or not {"x", "y", "z", "label"} <= set(columns):
-        raise InputError(
-            f"{path}: found the coordinate system {system} and the columns {columns}, expected a point list of 3D Slicer with "
-            "'# CoordinateSystem = LPS' or RAS and the columns x, y, z and label."
-        )
-    rows = _rows("\n".join(line for line in text.splitlines() if not line.startswith("#")), ",")
-    if not rows:
-        raise InputError(f"{path}: found no points, expected at least one.")
-    places = [columns.index(name) for name in ("label", "x", "y", "z")]
-    return SLICER[system], [[row[at] if at < len(row) else "" for at in places] for row in rows]
+        expected = "a point list of 3D Slicer with '# CoordinateSystem = LPS' or RAS and the columns x, y, z and label"
+        raise refused(path, f"the coordinate system {system} and the columns {columns}", expected)
+    rows = [dict(zip(columns, row)) for row in _rows([line for line in lines if not line.startswith("#")], ",")]
+    return SLICER[system], [[row.get(column, "") for column in ("label", "x", "y", "z")] for row in rows]
 
 
-def _markups(path: Path, text: str) -> tuple[str, list[list]]:
+def _markups(path: Path, text: str) -> tuple[str, Rows]:
     """Slicer's point list in JSON. Points that were listed but never placed are passed over."""
-    wanted = "expected a point list of 3D Slicer (.mrk.json)"
+    expected = "a point list of 3D Slicer (.mrk.json)"
     try:
         lists = json.loads(text)["markups"]
         systems = {SLICER.get(str(each.get("coordinateSystem", "LPS")).upper()) for each in lists}
@@ -169,9 +154,7 @@ def _markups(path: Path, text: str) -> tuple[str, list[list]]:
         rows = [[str(point.get("label", "")), *point["position"]] for each in lists for point in each["controlPoints"]
                 if point.get("positionStatus", "defined") == "defined"]  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: found other content ({error}), {wanted}.") from error
-    if len(systems) != 1 or None in systems or units != {"mm"} and not all(u in ("mm", "[mm]", "") for u in units):
-        raise InputError(f"{path}: found no single coordinate system of LPS or RAS in mm, {wanted}.")
-    if not rows:
-        raise InputError(f"{path}: found no points, expected at least one.")
+        raise refused(path, f"other content ({error})", expected) from error
+    if len(systems) != 1 or None in systems or not units <= {"mm", "[mm]", ""}:
+        raise refused(path, "no single coordinate system of LPS or RAS in mm", expected)
     return systems.pop(), rows

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gridreg.errors import InputError
+from gridreg.errors import refused
 from gridreg.scans.align import align, as_reference, content_box, read_reference, working_copy
 from gridreg.scans.geometry import apply_affine, check_orientations
-from gridreg.scans.intensity import Intensity, normalise
+from gridreg.scans.intensity import Intensity, read_normalised
 from gridreg.scans.prepare import (
     LITTLE_KEPT,
     Prepared,
@@ -27,8 +27,7 @@ from gridreg.scans.prepare import (
     prepare,
     prepare_scan,
 )
-from gridreg.scans.start import STARTS, decide_start
-from gridreg.scans.volumes import read_image
+from gridreg.scans.start import STARTS, Loaded, decide_start
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,18 +101,18 @@ def read_pair(
 
     InputError for a file that cannot be used, or the same file twice.
     """
-    files = {"fixed": fixed, "moving": moving}
-    for role, path in files.items():
+    paths = []
+    for role, path in (("fixed", fixed), ("moving", moving)):
         if not isinstance(path, (str, Path)) or not str(path).strip():
-            raise InputError(f"{role}: found {path!r}, expected the path of a NIfTI file.")
-        files[role] = Path(path).expanduser()
-        if files[role].is_dir():
-            raise InputError(f"{path}: found a folder, expected a NIfTI file.")
-    if files["fixed"].resolve() == files["moving"].resolve():
-        raise InputError(f"{fixed}: found the same file as fixed and moving image, expected two scans.")
-    scans = tuple(Scan(path) for path in files.values())
+            raise refused(role, repr(path), "the path of a NIfTI file")
+        paths.append(Path(path).expanduser())
+        if paths[-1].is_dir():
+            raise refused(path, "a folder", "a NIfTI file")
+    if paths[0].resolve() == paths[1].resolve():
+        raise refused(fixed, "the same file as fixed and moving image", "two scans")
+    scans = tuple(map(Scan, paths))
     target, prepared, notes = prepare_pair(scans, shape, spacing_mm, affine_reference, start=start, intensity=intensity)
-    return as_pair(f"{files['fixed'].name} ← {files['moving'].name}", scans, target, prepared, notes=notes)
+    return as_pair(f"{paths[0].name} ← {paths[1].name}", scans, target, prepared, notes)
 
 
 def prepare_pair(
@@ -127,11 +126,11 @@ def prepare_pair(
 ) -> tuple[Target, tuple[Prepared, Prepared], tuple[str, ...]]:
     """The grid, both scans on it, and notes on how they were brought there. ``start`` as in ``read_pair``."""
     if start not in (*STARTS, None):
-        raise InputError(f"start: found {start!r}, expected one of {', '.join(STARTS)}.")
+        raise refused("start", repr(start), f"one of {', '.join(STARTS)}")
     target = Target(tuple(shape), float(spacing_mm))
     if affine_reference is not None:
         if start not in ("affine", None):
-            raise InputError(f"start: found {start!r} and an affine_reference, expected affine or null beside one.")
+            raise refused("start", f"{start!r} and an affine_reference", "affine or null beside one")
         reference = read_reference(affine_reference)
         target = Target(target.shape, target.spacing_mm, tuple(reference.centre))
         with fresh_processes(1) as pool:  # alignment is only reproducible in a process in which ITK has not run yet
@@ -142,39 +141,35 @@ def prepare_pair(
             prepared,
             ("millimetres shown here are those of the reference, to which both scans were aligned",),
         )
-    volumes = [read_image(scan.image, intensity.nan) for scan in scans]
-    images = [normalise(volume.data, intensity, str(volume.path)) for volume in volumes]
-    maps, notes = _maps(volumes, images, target, start)
-    return (
-        target,
-        tuple(
-            prepare(scan, volume, image, target, to_source, labels, intensity)
-            for scan, volume, image, to_source in zip(scans, volumes, images, maps)
-        ),
-        notes,
-    )
+    loaded = [read_normalised(scan.image, intensity) for scan in scans]
+    maps, notes = _to_source(loaded, target, start)
+    prepared = tuple(prepare(scan, *each, target, to_source, labels, intensity)
+                     for scan, each, to_source in zip(scans, loaded, maps))  # fmt: skip
+    return target, prepared, notes
 
 
-def _maps(volumes: list, images: list, target: Target, start: str | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def _to_source(loaded: list[Loaded], target: Target, start: str | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """``to_source`` of both scans, by headers, centres or alignment, and notes."""
-    geometries = [volume.geometry for volume in volumes]
-    boxes = [content_box(image, volume.affine) for image, volume in zip(images, volumes)]
+    geometries = [volume.geometry for volume, _ in loaded]
+    boxes = [content_box(image, volume.affine) for volume, image in loaded]
     middle = boxes[0].mean(axis=0)
     if start == "affine":
         check_orientations(geometries)
-        fixed = centred(volumes[0], target, middle)
-        reference = as_reference(str(volumes[0].path), *working_copy(images[0], volumes[0].affine))
+        (fixed, fixed_image), (moving, moving_image) = loaded
+        reference = as_reference(str(fixed.path), *working_copy(fixed_image, fixed.affine))
         with fresh_processes(1) as pool:
-            matrix = pool.submit(align, images[1], volumes[1].affine, reference, str(volumes[1].path)).result()
+            matrix = pool.submit(align, moving_image, moving.affine, reference, str(moving.path)).result()
         moved = np.linalg.norm(apply_affine(matrix, middle) - middle)
-        return [fixed, matrix @ fixed], (
-            f"start: affine; the alignment of the moving scan departs from the headers by {moved:.1f} mm at the centre",
+        note = (
+            f"start: affine; the alignment of the moving scan departs from the headers by {moved:.1f} mm at the centre"
         )
-    chosen = decide_start(geometries, boxes, middle, target, start, lambda: [tuple(zip(volumes, images))])
+        to_fixed = centred(fixed, target, middle)
+        return [to_fixed, matrix @ to_fixed], (note,)
+    chosen = decide_start(geometries, boxes, middle, target, start, [loaded])
     if chosen.kind == "headers":
         return [placed(target, chosen.centre_mm)] * 2, chosen.notes
-    both = [centred_on_content(volume, image, target) for volume, image in zip(volumes, images)]
-    return [to_source for to_source, _ in both], chosen.notes + tuple(note for _, more in both for note in more)
+    both = [centred_on_content(*each, target) for each in loaded]
+    return [to_source for to_source, _ in both], chosen.notes + both[0][1] + both[1][1]
 
 
 def as_pair(
@@ -188,9 +183,10 @@ def as_pair(
     """The pair of two prepared scans; ``known``: label_names, truth, simulated."""
     cut = [f"the crop keeps {each.kept:.0%} of the intensity of {scan.image.name}"
            for scan, each in zip(scans, prepared) if each.kept < LITTLE_KEPT]  # fmt: skip
+    fixed, moving = prepared
     return Pair(
-        title, *(each.image for each in prepared), target.affine, target.spacing_mm, files=tuple(scan.image for scan in scans),
-        to_source=tuple(each.to_source for each in prepared), labels=tuple(each.labels for each in prepared),
-        landmarks=tuple(each.landmarks for each in prepared),
-        notes=tuple(dict.fromkeys([*prepared[0].notes, *prepared[1].notes, *notes, *cut])), **known,
+        title, fixed.image, moving.image, target.affine, target.spacing_mm,
+        files=(scans[0].image, scans[1].image), to_source=(fixed.to_source, moving.to_source),
+        labels=(fixed.labels, moving.labels), landmarks=(fixed.landmarks, moving.landmarks),
+        notes=tuple(dict.fromkeys([*fixed.notes, *moving.notes, *notes, *cut])), **known,
     )  # fmt: skip

@@ -23,14 +23,15 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.affines import from_matvec
 
-from gridreg.errors import InputError
-from gridreg.scans.align import Reference, align, centre_of
-from gridreg.scans.geometry import apply_affine
-from gridreg.scans.intensity import Intensity, normalise
+from gridreg.errors import refused
+from gridreg.scans.align import Reference, align, content_box
+from gridreg.scans.geometry import NOT_ORIENTED, apply_affine
+from gridreg.scans.intensity import Intensity, read_normalised
 from gridreg.scans.landmarks import inside, read_landmarks
 from gridreg.scans.resample import resample_field, resample_image, resample_labels
-from gridreg.scans.volumes import Volume, read_field_mm, read_image, read_labels
+from gridreg.scans.volumes import Volume, read_field_mm, read_labels, times
 
 LITTLE_KEPT = 0.5  # share of a scan's intensity inside the grid below which its content may lie off its centre
 
@@ -46,9 +47,8 @@ class Target:
     @property
     def affine(self) -> np.ndarray:
         """(4, 4) voxel → world RAS mm."""
-        affine = np.diag([self.spacing_mm] * 3 + [1.0])
-        affine[:3, 3] = np.array(self.centre_mm) - self.spacing_mm * (np.array(self.shape) - 1) / 2
-        return affine
+        first = np.array(self.centre_mm) - self.spacing_mm * (np.array(self.shape) - 1) / 2
+        return from_matvec(np.diag([self.spacing_mm] * 3), first)
 
     @property
     def extent_mm(self) -> np.ndarray:
@@ -110,15 +110,12 @@ def prepare_scan(
 
     Raises InputError for a file that cannot be used, and where image, mask or a landmark lies outside the grid.
     """
-    volume = read_image(scan.image, intensity.nan)
-    image = normalise(volume.data, intensity, str(scan.image))
+    volume, image = read_normalised(scan.image, intensity)
     notes: tuple[str, ...] = ()
     if reference is not None:
         if reference.oriented and not volume.geometry.oriented:
-            raise InputError(
-                f"{scan.image}: found no orientation in the header (sform_code and qform_code are 0), expected one for the "
-                f"alignment to {reference.name}: the scan could be mirrored."
-            )
+            expected = f"one for the alignment to {reference.name}: the scan could be mirrored"
+            raise refused(scan.image, NOT_ORIENTED, expected)
         to_source = align(image, volume.affine, reference, str(scan.image))
     elif centre_mm is not None:
         to_source = placed(target, centre_mm)
@@ -140,60 +137,59 @@ def prepare(
     """Bring a scan that was read (``volume``, and ``image`` in [0, 1]) to the target grid by a known map ``to_source``."""
     notes = volume.geometry.notes + notes
     grid_to_source = np.linalg.inv(volume.affine) @ to_source @ target.affine
+    crop = f"{times(target.shape)} voxels ({target.spacing_mm:g} mm) crop"
     moved = resample_image(image, grid_to_source, target.shape)
     if moved.min() == moved.max():
-        raise InputError(
-            f"{scan.image}: found no overlap between the image and the {_size(target)} crop, "
-            "expected a crop that contains part of it."
-        )
-    label_map, points, carried = None, None, None
+        found = f"no overlap between the image and the {crop}"
+        raise refused(scan.image, found, "a crop that contains part of it")
+    label_map, points, truth = None, None, None
     if scan.label is not None:
         stored, more = read_labels(scan.label, volume, labels, intensity.nan)
         notes += more
         label_map = resample_labels(stored, grid_to_source, target.shape)
         if not label_map.any():
-            raise InputError(
-                f"{scan.label}: found no labelled voxel inside the {_size(target)} crop, "
-                "expected a crop that contains part of the mask."
-            )
+            found = f"no labelled voxel inside the {crop}"
+            raise refused(scan.label, found, "a crop that contains part of the mask")
     if scan.landmarks is not None:
-        from_source = np.linalg.inv(to_source @ target.affine)
         world, more = read_landmarks(scan.landmarks, image, volume.affine, volume.geometry)
         notes += more
+        from_source = np.linalg.inv(to_source @ target.affine)
         points = {name: apply_affine(from_source, point) for name, point in world.items()}
-        for key, point in points.items():
+        for name, point in points.items():
             if not inside(point, target.shape):
-                raise InputError(
-                    f"{scan.landmarks}: found landmark '{key}' at voxel {point.round(1).tolist()}, "
-                    f"expected it inside the {_size(target)} crop; a larger shape would contain it."
-                )
+                found = f"landmark '{name}' at voxel {point.round(1).tolist()}"
+                raise refused(scan.landmarks, found, f"it inside the {crop}; a larger shape would contain it")
     if scan.truth is not None:
-        field, lattice = read_field_mm(scan.truth)
-        carried = resample_field(field, lattice, target.affine, to_source, target.shape)
+        truth = resample_field(*read_field_mm(scan.truth), target.affine, to_source, target.shape)
     kept = float(moved.sum() * abs(np.linalg.det(grid_to_source)) / image.sum())
     orientation = "".join(nibabel.aff2axcodes(volume.geometry.affine))
-    return Prepared(moved, label_map, points, carried, to_source, orientation, kept, notes)
+    return Prepared(moved, label_map, points, truth, to_source, orientation, kept, notes)
 
 
 def placed(target: Target, centre_mm: np.ndarray) -> np.ndarray:
     """World of the target → world of a scan (4, 4): a shift that puts a point (3,) of the scan on the target's centre."""
-    to_source = np.eye(4)
-    to_source[:3, 3] = np.asarray(centre_mm) - np.array(target.centre_mm)
-    return to_source
+    return from_matvec(np.eye(3), np.asarray(centre_mm) - np.array(target.centre_mm))
+
+
+def to_whole_voxels(affine: np.ndarray, target: Target, to_source: np.ndarray) -> np.ndarray:
+    """How far to move ``to_source`` (3,), mm, less than a voxel, so that voxels of grid and scan coincide.
+
+    Then nothing is interpolated at all. Zero where the voxels differ by more than a shift and the order of their axes.
+    """
+    grid_to_source = np.linalg.inv(affine) @ to_source @ target.affine
+    axes = np.abs(grid_to_source[:3, :3])
+    if np.rint(axes).sum() != 3 or not np.allclose(axes, np.rint(axes), atol=1e-3):
+        return np.zeros(3)
+    shift = grid_to_source[:3, 3]
+    return -affine[:3, :3] @ (shift - np.floor(shift + 0.5))
 
 
 def centred(volume: Volume, target: Target, centre_mm: np.ndarray | None = None) -> np.ndarray:
-    """``placed`` on a point of a scan of its own, by default the centre of the volume.
-
-    Where the voxels differ by a shift only, it is rounded to whole voxels: then nothing is interpolated at all.
-    """
+    """``placed`` on a point of the scan, by default the centre of its volume, but for ``to_whole_voxels``."""
     if centre_mm is None:
         centre_mm = apply_affine(volume.affine, (np.array(volume.data.shape) - 1) / 2)
     to_source = placed(target, centre_mm)
-    grid_to_source = np.linalg.inv(volume.affine) @ to_source @ target.affine
-    if np.allclose(grid_to_source[:3, :3], np.eye(3), atol=1e-3):
-        fraction = grid_to_source[:3, 3] - np.floor(grid_to_source[:3, 3] + 0.5)
-        to_source[:3, 3] -= volume.affine[:3, :3] @ fraction
+    to_source[:3, 3] += to_whole_voxels(volume.affine, target, to_source)
     return to_source
 
 
@@ -202,7 +198,7 @@ def centred_on_content(volume: Volume, image: np.ndarray, target: Target) -> tup
     to_source = centred(volume, target)
     kept = _kept(volume, image, target, to_source)
     if kept < LITTLE_KEPT:
-        other = centred(volume, target, centre_of(image, volume.affine))
+        other = centred(volume, target, content_box(image, volume.affine).mean(axis=0))
         more = _kept(volume, image, target, other)
         if more > 2 * kept:
             return other, (f"{volume.path}: a crop about the centre of the volume keeps {kept:.0%} of its intensity, one about "
@@ -227,13 +223,5 @@ def fresh_processes(number: int) -> ProcessPoolExecutor:
     Jupyter ends a kernel by an interrupt to all of its processes. Theirs ends them at once: Python's own way to do so, a
     KeyboardInterrupt, would leave a traceback in the log of every notebook.
     """
-    return ProcessPoolExecutor(
-        number,
-        mp_context=get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def _size(target: Target) -> str:
-    return "×".join(str(n) for n in target.shape) + f" voxels ({target.spacing_mm:g} mm)"
+    spawn, default = get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    return ProcessPoolExecutor(number, mp_context=spawn, initializer=signal.signal, initargs=default)

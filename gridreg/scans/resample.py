@@ -17,25 +17,19 @@ ANTI_ALIAS_FROM = 1.5  # downsampling factor above which an image is smoothed fi
 COUNTERS = 2**18  # voxels times labels whose votes are counted at once: they fit a cache
 
 
-def steps(grid_to_source: np.ndarray) -> np.ndarray:
-    """How many voxels of the stored volume one step on the grid crosses, along each axis of the volume, (3,)."""
-    return np.linalg.norm(grid_to_source[:3, :3], axis=1)
-
-
 def resample_image(data: np.ndarray, grid_to_source: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Linear interpolation of an image (W', H', D') at the grid's voxels, 0 outside it; (W, H, D) float32.
 
     When one step crosses more than 1.5 voxels the image is smoothed first, with the Gaussian that turns a voxel's
     point spread into that of the coarser voxel (full width at half maximum = voxel size; Cardoso et al., MICCAI 2015).
     """
-    factor = steps(grid_to_source)
-    sigma = np.where(factor > ANTI_ALIAS_FROM, np.sqrt(np.maximum(factor**2 - 1, 0)) / np.sqrt(8 * np.log(2)), 0)
+    step = np.linalg.norm(grid_to_source[:3, :3], axis=1)  # in voxels of the volume, along each of its axes
+    sigma = np.where(step > ANTI_ALIAS_FROM, np.sqrt(np.maximum(step**2 - 1, 0)) / np.sqrt(8 * np.log(2)), 0)
     if sigma.any():
         data = gaussian_filter(data, sigma, mode="nearest")
     # grid-constant: a position a rounding error outside the last voxel still gets that voxel's value
-    return affine_transform(
-        data, grid_to_source[:3, :3], grid_to_source[:3, 3], shape, np.float32, order=1, mode="grid-constant"
-    )
+    matrix, offset = grid_to_source[:3, :3], grid_to_source[:3, 3]
+    return affine_transform(data, matrix, offset, shape, np.float32, order=1, mode="grid-constant")
 
 
 def resample_labels(labels: np.ndarray, grid_to_source: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -46,18 +40,14 @@ def resample_labels(labels: np.ndarray, grid_to_source: np.ndarray, shape: tuple
     is ever made up by interpolation, and a thin structure is not lost because a centre happened to miss it.
     """
     cells = np.ceil(np.linalg.norm(grid_to_source[:3, :3], axis=0) - 1e-3).astype(int)  # along each axis of the grid
-    offsets = [(np.arange(n) + 0.5) / n - 0.5 for n in cells]
-    places = [np.zeros(3), *(np.array(p) for p in product(*offsets) if np.any(p))]
+    inner = (np.array(place) for place in product(*((np.arange(n) + 0.5) / n - 0.5 for n in cells)) if np.any(place))
+    offsets = [apply_affine(grid_to_source, place) for place in (np.zeros(3), *inner)]
     present = np.bincount(labels.ravel(), minlength=1) > 0
     present[0] = True  # outside the map
     values, number = np.flatnonzero(present), np.cumsum(present, dtype=np.int16) - np.int16(1)
     numbers = number[labels]  # the labels in the map, counted through; background is 0
-    ballots = np.stack([
-        affine_transform(
-            numbers, grid_to_source[:3, :3], apply_affine(grid_to_source, place), shape, order=0, mode="grid-constant"
-        ).ravel()
-        for place in places
-    ])  # fmt: skip
+    ballots = np.stack([affine_transform(numbers, grid_to_source[:3, :3], offset, shape, order=0, mode="grid-constant").ravel()
+                        for offset in offsets])  # fmt: skip
     winners = ballots[0].copy()
     divided = np.flatnonzero((ballots != winners).any(axis=0))
     for part in np.array_split(divided, 1 + len(values) * len(divided) // COUNTERS):
@@ -71,11 +61,8 @@ def _most_votes(ballots: np.ndarray, candidates: int) -> np.ndarray:
     counter = np.arange(ballots.shape[1]) * candidates + ballots  # (votes, N)
     for column in counter:
         votes[column] += 1
-    winner, most = ballots[0], votes[counter[0]]
-    for ballot, column in zip(ballots[1:], counter[1:]):
-        count = votes[column]
-        winner, most = np.where(count > most, ballot, winner), np.maximum(count, most)
-    return winner
+    first = np.argmax(votes[counter], axis=0)  # argmax takes the first of several
+    return np.take_along_axis(ballots, first[None], 0)[0]
 
 
 def resample_field(
@@ -86,8 +73,7 @@ def resample_field(
     field_mm: d on its own lattice, world RAS mm; lattice, grid: their voxel → world affines; to_source: (4, 4), world
     of the grid → world of the subject. Linear between lattice points, as the field is defined; constant beyond them.
     """
-    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)  # (W, H, D, 3)
-    q = apply_affine(grid, voxels)
+    q = apply_affine(grid, np.moveaxis(np.indices(shape), 0, -1))  # (W, H, D, 3)
     p = apply_affine(to_source, q)
     at = np.moveaxis(apply_affine(np.linalg.inv(lattice), p), -1, 0)
     d = np.stack([map_coordinates(component, at, order=1, mode="nearest") for component in field_mm])

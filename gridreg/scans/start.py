@@ -13,20 +13,20 @@ says which was taken and how far the two disagree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.special import entr
 
-from gridreg.errors import InputError
+from gridreg.errors import refused
 from gridreg.scans.geometry import Geometry, apply_affine, check_orientations, corners
-from gridreg.scans.intensity import Intensity, normalise
+from gridreg.scans.intensity import Intensity, read_normalised
 from gridreg.scans.landmarks import inside
-from gridreg.scans.prepare import Target, centred_on_content, placed
+from gridreg.scans.prepare import Target, centred_on_content, placed, to_whole_voxels
 from gridreg.scans.resample import resample_image
-from gridreg.scans.volumes import Volume, read_geometry, read_image
+from gridreg.scans.volumes import Volume, read_geometry
 
 Loaded = tuple[Volume, np.ndarray]  # a scan, and its image in [0, 1]
 
@@ -60,19 +60,11 @@ def choose_start(files: Sequence[Path | str], target: Target, wanted: str | None
     without an orientation are mixed, and for ``headers`` where there is none.
     """
     geometries = [read_geometry(file) for file in files]
-    boxes = [_box(apply_affine(g.affine, corners(g.shape))) for g in geometries]
-    chosen = np.unique(np.linspace(0, max(len(files) - 2, 0), COUPLES).round().astype(int))
-
-    def couples() -> Iterator[tuple[Loaded, Loaded]]:
-        for number in chosen[: len(files) - 1]:
-            yield tuple(_load(file) for file in files[number : number + 2])
-
+    ends = [apply_affine(g.affine, corners(g.shape)) for g in geometries]
+    boxes = [np.stack([points.min(axis=0), points.max(axis=0)]) for points in ends]
+    first = np.unique(np.linspace(0, max(len(files) - 2, 0), COUPLES).round().astype(int))[: len(files) - 1]
+    couples = ([read_normalised(file, Intensity(nan="background")) for file in files[n : n + 2]] for n in first)
     return decide_start(geometries, boxes, np.median([g.centre for g in geometries], axis=0), target, wanted, couples)
-
-
-def _load(file: Path | str) -> Loaded:
-    volume = read_image(file, "background")
-    return volume, normalise(volume.data, Intensity(nan="background"), str(file))
 
 
 def decide_start(
@@ -81,49 +73,44 @@ def decide_start(
     centre_mm: np.ndarray,
     target: Target,
     wanted: str | None,
-    couples: Callable[[], Iterable[tuple[Loaded, Loaded]]],
+    couples: Iterable[Sequence[Loaded]],
 ) -> Start:
     """Headers or centres, for scans whose content lies in ``boxes``, each (lowest, highest) world RAS mm, (2, 3).
 
-    centre_mm  (3,) the point that headers would bring to the centre of the grid, up to half a voxel: where the voxels of the
-               first scan differ from the grid's by a shift only, it is rounded to whole ones
-    couples    reads pairs of the scans, each with its image in [0, 1]; called where it matters
+    centre_mm  (3,) the point that headers would bring to the centre of the grid, but for ``to_whole_voxels`` of the first scan
+    couples    pairs of the scans to compare; nothing is taken from it where headers and boxes decide
     """
     if wanted not in ("headers", "centre", None):
-        raise InputError(f"start: found {wanted!r}, expected one of {', '.join(STARTS)}.")
+        raise refused("start", repr(wanted), f"one of {', '.join(STARTS)}")
     check_orientations(geometries)
-    unknown = [g for g in geometries if not g.oriented]
-    if wanted == "headers" and unknown:
-        raise InputError(f"{unknown[0].path}: found no orientation in the header, expected one for `start: headers`.")
-    relative = max(float(np.linalg.norm(g.centre - geometries[0].centre)) for g in geometries)
-    if unknown:
+    first = geometries[0]
+    if not first.oriented:
+        if wanted == "headers":
+            raise refused(first.path, "no orientation in the header", "one for `start: headers`")
         return Start("centre", None, ("start: centre, since the headers state no orientation",))
-    grid = np.stack([centre_mm - target.extent_mm / 2, centre_mm + target.extent_mm / 2])
-    beside = [g for g, box in zip(geometries, boxes) if _overlap(box, grid) < OVERLAP]
+    relative = max(float(np.linalg.norm(g.centre - first.centre)) for g in geometries)
     disagree = f"headers and centres disagree by up to {relative:.1f} mm"
-    if wanted == "centre":
-        return Start("centre", None, (f"start: centre; {disagree}",) if relative > NOTABLE else ())
-    if beside and wanted is None:
-        return Start("centre", None, (f"start: centre, since {beside[0].path} and the others do not overlap by their headers; "
-                                      f"{disagree}",))  # fmt: skip
-    if wanted is None and relative > target.spacing_mm:
-        by_headers, by_centres = _agreements(couples(), target, centre_mm)
+    grid = np.stack([centre_mm - target.extent_mm / 2, centre_mm + target.extent_mm / 2])
+    beside = [g.path for g, box in zip(geometries, boxes) if _overlap(box, grid) < OVERLAP]
+    reason = ""
+    if wanted is None and beside:
+        reason = f", since {beside[0]} and the others do not overlap by their headers"
+    elif wanted is None and relative > target.spacing_mm:
+        by_headers, by_centres = _agreements(couples, target, centre_mm)
         if by_centres > max(BETTER[0] * by_headers, BETTER[1] + by_headers):
-            return Start("centre", None, (f"start: centre, since the images agree better by it (mutual information {by_centres:.2f} "
-                                          f"against {by_headers:.2f} by the headers); {disagree}",))  # fmt: skip
-    if wanted == "headers" and beside:
-        raise InputError(
-            f"{beside[0].path}: found next to nothing of the scan on a grid around {np.round(centre_mm, 1).tolist()} mm, expected "
-            "an overlap by the headers; `start: centre` does without them."
-        )
-    return Start(
-        "headers",
-        _rounded(geometries[0], target, centre_mm),
-        (f"start: headers; {disagree}",) if wanted is None or relative > NOTABLE else (),
-    )
+            reason = (f", since the images agree better by it (mutual information {by_centres:.2f} against {by_headers:.2f} by the "
+                      "headers)")  # fmt: skip
+    notable = wanted is None or relative > NOTABLE
+    if wanted == "centre" or reason:
+        return Start("centre", None, (f"start: centre{reason}; {disagree}",) if notable else ())
+    if beside:
+        found = f"next to nothing of the scan on a grid around {np.round(centre_mm, 1).tolist()} mm"
+        raise refused(beside[0], found, "an overlap by the headers; `start: centre` does without them")
+    centre_mm = centre_mm + to_whole_voxels(first.affine, target, placed(target, centre_mm))
+    return Start("headers", centre_mm, (f"start: headers; {disagree}",) if notable else ())
 
 
-def _agreements(couples: Iterable[tuple[Loaded, Loaded]], target: Target, centre_mm: np.ndarray) -> np.ndarray:
+def _agreements(couples: Iterable[Sequence[Loaded]], target: Target, centre_mm: np.ndarray) -> np.ndarray:
     """How well two images agree on the grid by their headers and by their centres, (2,), the mean over couples of scans."""
     found = []
     for couple in couples:
@@ -149,22 +136,6 @@ def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
     together, first, second = (entr(p).sum() for p in (joint, joint.sum(1), joint.sum(0)))
     smaller = min(first, second)
     return float((first + second - together) / smaller) if smaller > 0 else 0.0
-
-
-def _rounded(geometry: Geometry, target: Target, centre_mm: np.ndarray) -> np.ndarray:
-    """The centre moved by less than a voxel, so that voxels of grid and scan coincide where their sizes allow it."""
-    grid_to_world = target.affine.copy()
-    grid_to_world[:3, 3] += centre_mm - np.array(target.centre_mm)
-    grid_to_source = np.linalg.inv(geometry.affine) @ grid_to_world
-    axes = np.abs(grid_to_source[:3, :3])
-    if not np.allclose(axes, np.rint(axes), atol=1e-3):
-        return centre_mm
-    fraction = grid_to_source[:3, 3] - np.floor(grid_to_source[:3, 3] + 0.5)
-    return centre_mm - geometry.affine[:3, :3] @ fraction
-
-
-def _box(points: np.ndarray) -> np.ndarray:
-    return np.stack([points.min(axis=0), points.max(axis=0)])
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:

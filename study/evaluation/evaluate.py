@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from gridreg.checkpoint import load_model
 from gridreg.devices import describe_device, device, to_tensor
-from gridreg.metrics import measure_pair, warp_labels
+from gridreg.metrics import measure_pair, tre_mm, warp_labels
 from gridreg.network import Registration
 from gridreg.refinement import refine
 from gridreg.scans.pair import Pair
@@ -106,6 +107,9 @@ def evaluate(
             row: dict[str, Any] = {"dataset": dataset, "run": run, "method": method, "grid": grid_name(grid)}
             row |= {"chosen": grid == chosen, "fixed": fixed, "moving": moving}
             row |= measure_pair(pair, displacement)
+            row["identical_mm"] = (
+                motion_of_identical_mm(network, pair, grid, where, refinement) if grid == chosen else np.nan
+            )
             rows.append(row | {"seconds": seconds, "peak_mb": peak_mb})
             if pictures is not None and grid == chosen and number < pictured_cases:
                 stem = Path(pictures) / f"{fixed}__{moving}"
@@ -114,6 +118,15 @@ def evaluate(
                     spread = sigma_mm(registration, network.upsampling, pair.spacing_mm)[0].cpu().numpy()
                     write_volume(f"{stem}_sigma.nii.gz", spread, pair.affine)
     return pd.DataFrame(rows)
+
+
+def motion_of_identical_mm(
+    network: nn.Module, pair: Pair, grid: Shape | None, where: torch.device, refinement: dict[str, Any] | None = None
+) -> float:
+    """Mean motion in mm, within the pair's region, where the fixed image is registered to itself; 0 would be right."""
+    same = replace(pair, moving=pair.fixed, labels=(pair.labels[0], pair.labels[0]))
+    displacement = register(network, same, grid, where, refinement)[0].displacement[0].cpu().numpy()
+    return tre_mm(displacement, np.zeros_like(displacement), pair.region, pair.spacing_mm)
 
 
 def sigma_mm(registration: Registration, upsampling: str, spacing_mm: float) -> torch.Tensor:

@@ -51,6 +51,9 @@ METRICS: dict[str, Metric] = {
     "nondiffeomorphic_percent": Metric("Non-diffeomorphic volume", "%", "lower", "{:.2f}", trivial_for_identity=True),
     "logdet_mean": Metric("Mean log det J", "", "lower", "{:.3f}", tested=False, trivial_for_identity=True),
     "logdet_std": Metric("SD of log det J", "", "lower", "{:.3f}", trivial_for_identity=True),
+    "identical_mm": Metric(
+        "Motion of identical images", "mm", "lower", "{:.2f}", tested=False, trivial_for_identity=True
+    ),
     "memory_mb": Metric("Memory", "MB", "lower", "{:.0f}", tested=False),
     "parameters": Metric("Parameters", "", "lower", "{:,.0f}", tested=False),
     "seconds": Metric("Time per case", "s", "lower", "{:.3f}", tested=False),
@@ -78,7 +81,7 @@ RUN_LABELS = {
 _TEXT = ["dataset", "run", "method", "grid", *PAIR]
 _NUMBERS = ["dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm", "logdet_mean", "logdet_std",
             "folding_percent", "nondiffeomorphic_percent", "labels_lost", "landmarks_missing", "seconds", "peak_mb"]  # fmt: skip
-_OPTIONAL = SIMILARITY  # files of earlier versions do not have them
+_OPTIONAL = [*SIMILARITY, "identical_mm"]  # files of earlier versions do not have them
 
 
 def run_label(run: str) -> str:

@@ -103,6 +103,10 @@ def test_table4_ranks_nothing():
     assert best.empty, "moving nothing is perfect here"
     folded = table.rows[table.rows["metric"] == "folding_percent"].set_index("run")
     assert folded.loc["voxelmorph", "mean"] == 0.5 and folded.loc["voxelmorph", "paper"] == "0.4"
+    identical = table.rows[table.rows["metric"] == "identical_mm"].set_index("run")
+    assert identical.loc["voxelmorph", "mean"] == pytest.approx(
+        cases.loc[cases["run"] == "voxelmorph", "identical_mm"].mean()
+    )
     cases["logdet_mean"] = -0.05
     text = to_markdown(tables.table4(cases, {"prostate": INDEX}, SETTING))
     assert "−0.050 ± 0.000" in text and "-0.050" not in text

@@ -33,7 +33,7 @@ def make_cases(means: dict[str, float], dataset: str = "prostate", n: int = 6) -
                  "fixed": f"f{case}", "moving": f"m{case}", "dice": dice, "landmark_mm": 30 * (1 - dice),
                  "mask_mm": 20 * (1 - dice), "tre_mm": 25 * (1 - dice), "tre_interior_mm": 26 * (1 - dice),
                  "tre_boundary_mm": 24 * (1 - dice), "logdet_mean": 0.0, "logdet_std": 1 - dice,
-                 "folding_percent": 0.0, "nondiffeomorphic_percent": 0.0, "ncc": dice, "mse": 1 - dice, "labels_lost": 0,
+                 "folding_percent": 0.0, "nondiffeomorphic_percent": 0.0, "ncc": dice, "mse": 1 - dice, "identical_mm": 1 - dice, "labels_lost": 0,
                  "landmarks_missing": 0, "seconds": 0.1 + 0.01 * case, "peak_mb": np.nan}
             )  # fmt: skip
     return pd.DataFrame(rows)

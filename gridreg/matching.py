@@ -200,6 +200,7 @@ class MatchingEncoder(nn.Module):
         )
         self.described = (2, 3, len(widths))
         self.describe = nn.Linear(sum(widths[layer - 1] for layer in self.described), DESCRIPTOR)
+        # All of these are learnt. From here even random descriptors find most of a displacement.
         self.log_temperature = nn.Parameter(torch.tensor(2.5))
         self.log_reach = nn.Parameter(torch.tensor(1.5))
         self.log_floor = nn.Parameter(torch.tensor(-1.6))

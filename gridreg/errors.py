@@ -24,14 +24,18 @@ def exit_status(call: Callable[[], object]) -> int:
     """Do what a command line asks for: 0, or 1 after one line on stderr for an error that is the user's to mend."""
     try:
         call()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {where}{reason(error)}; expected to be able to read and write it", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """What to say of an error that is the user's to mend."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{reason(error)}; expected to be able to read and write it"
 
 
 def reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What the uncertainty explorer computes: a registered pair, voxel by voxel in millimetres, samples, and the error.
+"""What the explorer computes: a registered pair, voxel by voxel in millimetres, samples, and the error.
 
 No widgets and no drawing here: ``picture`` draws, ``widgets`` puts sliders to it.
 """
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from gridreg import metrics
 from gridreg.checkpoint import load_model
 from gridreg.devices import device, to_tensor
-from gridreg.errors import InputError
-from gridreg.metrics import warp_labels
+from gridreg.errors import InputError, refused
 from gridreg.scans.pair import Pair
 from gridreg.spatial import as_shape, warp
 from gridreg.upsampling import upsample, upsample_sigma
@@ -73,13 +72,11 @@ def length(vectors: np.ndarray) -> np.ndarray:
 def load_network(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """A trained GridReg and its configuration; InputError where there is none, or the model has no control points."""
     if not Path(folder, "model.json").is_file():
-        raise InputError(
-            f"{folder}: found no trained model, expected model.json and model.safetensors; "
-            "`make repro` trains them under results/train/<dataset>/<run>."
-        )
+        expected = "model.json and model.safetensors, which `make repro` writes to results/train/<dataset>/<run>"
+        raise refused(folder, "no trained model", expected)
     network, config = load_model(folder)
     if config["run"]["method"] != "gridreg":
-        raise InputError(f"{folder}: found a model of method '{config['run']['method']}', expected gridreg.")
+        raise refused(folder, f"a model of method '{config['run']['method']}'", "gridreg")
     return network, config
 
 
@@ -135,29 +132,21 @@ def read_out(registered: Registered, voxel: tuple[int, int, int]) -> dict[str, A
     }
 
 
-def error_and_sigma(registered: Registered) -> tuple[np.ndarray, np.ndarray] | None:
-    """(error, σ), each (3, N) mm, at the voxels of the pair's region where the truth is known; None if either is not."""
-    if registered.pair.truth is None or registered.sigma_mm is None:
-        return None
-    where = registered.pair.region & registered.pair.truth[1]
-    return (registered.error_mm()[:, where], registered.sigma_mm[:, where]) if where.any() else None
-
-
 def measure(registered: Registered) -> pd.DataFrame:
     """Before and after registration, a column each; what is not known is left out.
 
     Mean squared difference of the images, Dice, true TRE in mm within the pair's region, folded voxels in percent.
     """
-    pair, rows = registered.pair, {}
-    everywhere = np.ones(pair.shape, bool)
+    pair, rows, everywhere = registered.pair, {}, np.ones(registered.pair.shape, bool)
     for when, u, image in (("before", np.zeros_like(registered.displacement), pair.moving),
                            ("after", registered.displacement, registered.warped)):  # fmt: skip
         row = {"mean squared difference": float(np.square(pair.fixed - image).mean())}
         if all(labels is not None for labels in pair.labels):
-            row["Dice"] = metrics.dice(pair.labels[0], warp_labels(pair.labels[1], u))
+            row["Dice"] = metrics.dice(pair.labels[0], metrics.warp_labels(pair.labels[1], u))
         if pair.truth is not None:
             row["true TRE (mm)"] = metrics.tre_mm(u, pair.truth[0], pair.region & pair.truth[1], pair.spacing[0])
-        folded = metrics.folding_percent(metrics.jacobian_determinant(u), everywhere) if u.any() else 0.0
-        row["folded voxels (%)"] = folded
+        row["folded voxels (%)"] = (
+            metrics.folding_percent(metrics.jacobian_determinant(u), everywhere) if u.any() else 0.0
+        )
         rows[when] = row
     return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Slices of a volume as radiologists see them, with contours, letters and the lines of a deformed grid."""
+"""Slices of a volume as radiologists see them, with letters and the lines of a deformed grid."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 
@@ -14,13 +13,9 @@ from gridreg.errors import InputError
 from gridreg.explorer.style import IMAGE
 
 # name → (axis cut, axis across, axis up, letters at left, right, top, bottom); the axis across runs leftwards in all
-VIEWS = {
-    "axial": (2, 0, 1, "RLAP"),
-    "coronal": (1, 0, 2, "RLSI"),
-    "sagittal": (0, 1, 2, "APSI"),
-}
-AXIAL_LETTERS = "R, L, A, P: the patient's right, left, front, back."
-ALL_LETTERS = "R, L, A, P, S, I: the patient's right, left, front, back, head, foot."
+VIEWS = {"axial": (2, 0, 1, "RLAP"), "coronal": (1, 0, 2, "RLSI"), "sagittal": (0, 1, 2, "APSI")}
+_PLACES = ((0.04, 0.5, "left", "center"), (0.96, 0.5, "right", "center"), (0.5, 0.96, "center", "top"),
+           (0.5, 0.04, "center", "bottom"))  # fmt: skip
 _OUTLINE = [withStroke(linewidth=1.4, foreground="black")]  # white letters stay readable on bright tissue
 
 
@@ -51,62 +46,27 @@ def show_slice(
     """Draw one slice of ``volume`` (W, H, D) in voxel coordinates, with the aspect of its voxels and orientation letters."""
     plane = slice_of(volume, view, index)
     drawn = ax.imshow(plane, origin="lower", vmin=limits[0], vmax=limits[1], interpolation="nearest", cmap=cmap)
-    _frame(ax, volume.shape, view, spacing_mm)
-    if letters:
-        for name, (x, y) in zip(VIEWS[view][3], [(0.04, 0.5), (0.96, 0.5), (0.5, 0.96), (0.5, 0.04)]):
-            ha = "left" if x < 0.1 else "right" if x > 0.9 else "center"
-            va = "bottom" if y < 0.1 else "top" if y > 0.9 else "center"
-            ax.text(x, y, name, transform=ax.transAxes, ha=ha, va=va, fontsize=6, color="white", path_effects=_OUTLINE)
+    frame(ax, volume.shape, view, spacing_mm)
+    for letter, (x, y, ha, va) in zip(VIEWS[view][3], _PLACES if letters else ()):
+        ax.text(x, y, letter, transform=ax.transAxes, ha=ha, va=va, fontsize=6, color="white", path_effects=_OUTLINE)
     return drawn
 
 
-def _frame(ax: Axes, shape: Sequence[int], view: str, spacing_mm: Sequence[float]) -> None:
+def frame(ax: Axes, shape: Sequence[int], view: str, spacing_mm: Sequence[float]) -> None:
     """Limits of a whole slice, mirrored across, without ticks."""
     _, across, up, _ = VIEWS[view]
     ax.set(xlim=(shape[across] - 0.5, -0.5), ylim=(-0.5, shape[up] - 0.5), xticks=[], yticks=[])
     ax.set_aspect(spacing_mm[up] / spacing_mm[across])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-
-
-def show_contour(
-    ax: Axes,
-    labels: np.ndarray | None,
-    view: str,
-    index: int,
-    colour: str,
-    groups: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """Outline of labels (W, H, D) on a slice: of all labels together, or one line per group of label values."""
-    if labels is None:
-        return
-    plane = slice_of(labels, view, index)
-    for mask in [plane > 0] if groups is None else [np.isin(plane, group) for group in groups]:
-        if mask.any() and not mask.all():
-            ax.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.8)
+    ax.spines[:].set_visible(False)
 
 
 def grid_lines(displacement: np.ndarray, view: str, index: int, lines: int = 16) -> list[np.ndarray]:
     """Lines of the fixed grid carried by x + u(x), projected on a slice: each (N, 2), voxels across and up."""
-    u, v = (
-        slice_of(displacement[axis], view, index) for axis in VIEWS[view][1:3]
-    )  # across and up, each (rows, columns)
-    rows, columns = np.mgrid[: u.shape[0], : u.shape[1]].astype(float)
+    u, v = (slice_of(displacement[axis], view, index) for axis in VIEWS[view][1:3])  # (rows, columns)
+    rows, columns = np.indices(u.shape)
     return lines_through(np.stack([columns + u, rows + v]), max(1, round(max(u.shape) / lines)))
 
 
 def lines_through(points: np.ndarray, step: int) -> list[np.ndarray]:
     """Every ``step``-th line of a mesh of points (2, n, m) in voxels, along either axis: each (N, 2)."""
     return [*np.moveaxis(points[:, ::step], 0, -1), *np.moveaxis(points[:, :, ::step], 0, -1).swapaxes(0, 1)]
-
-
-def show_deformed_grid(
-    ax: Axes, displacement: np.ndarray, view: str, index: int, spacing_mm: Sequence[float], lines: int = 16
-) -> None:
-    """Lines of the fixed grid carried to the moving image by x + u(x), projected on the slice.
-
-    ``displacement`` (3, W, H, D) in voxels; about ``lines`` lines along the longer axis.
-    """
-    tracks = grid_lines(displacement, view, index, lines)
-    ax.add_collection(LineCollection(tracks, colors="#222222", linewidths=0.5))
-    _frame(ax, displacement.shape[1:], view, spacing_mm)

@@ -1,6 +1,6 @@
 """The explorer in JupyterLab: sliders beside a picture that can be clicked, and a view in 3-D.
 
-The picture is drawn in Python and sent as PNG, so it needs neither WebGL nor the network; only the view in 3-D does need
+The picture is drawn in Python and sent as PNG, so it needs neither WebGL nor the network; only the view in 3-D needs
 WebGL. Every control can be reached by keyboard. A click in the picture does what the three sliders of the crosshair do.
 """
 
@@ -22,15 +22,16 @@ import pandas as pd
 import traitlets
 from ipyniivue import NiiVue, ShowRender, Volume
 
-from gridreg.errors import InputError
+from gridreg.errors import InputError, sentence
 from gridreg.explorer.keys import WidgetKeys
-from gridreg.explorer.picture import COMPARISONS, VECTORS, Look, View, error_figure, first_look, png
+from gridreg.explorer.picture import COMPARISONS, VECTORS, Look, NotebookFigure, View, caption, first_look
 from gridreg.explorer.registered import AXES, Registered, load_network, measure, read_out, register_pair
 from gridreg.scans.export import save
 from gridreg.scans.pair import Pair
 
 GRIDS = (3, 20)  # control points per axis that the slider offers
 FRAMES = 40  # of flicker and samples
+SMALL = "line-height: 1.4; font-size: 90%"
 PAUSE = 0.1  # seconds without a new wish, after which the slower numbers follow
 
 
@@ -81,16 +82,23 @@ class Source:
 class Explorer(widgets.VBox):
     """The explorer as one widget.
 
-    sources  what can be opened, by name
-    start    the name to begin with; None: the first
-    out      where "Save" writes
+    sources       what can be opened, by name
+    start         the name to begin with; None: the first
+    out           where "Save" writes
+    error_figure  what "error against σ" shows of a registered pair, or None where its error is not known
     """
 
-    def __init__(self, sources: Mapping[str, Source], start: str | None = None, out: Path | str = "explored"):
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        start: str | None = None,
+        out: Path | str = "explored",
+        error_figure: Callable[[Registered], NotebookFigure | None] = lambda registered: None,
+    ):
         start = next(iter(sources), None) if start is None else start
         if start not in sources:
             raise InputError(f"found no model '{start}', expected one of {', '.join(sources) or 'a trained GridReg'}.")
-        self.sources, self.out = sources, Path(out)
+        self.sources, self.out, self.error_figure = sources, Path(out), error_figure
         self._waiting: asyncio.TimerHandle | None = None
         self.dataset = widgets.Dropdown(options=list(sources), value=start, description="model")
         self.pair = widgets.Dropdown(description="pair")
@@ -100,39 +108,30 @@ class Explorer(widgets.VBox):
         self.overlay = widgets.Dropdown(description="map")
         self.opacity = widgets.FloatSlider(0.0, min=0, max=1, step=0.05, description="overlay")
         self.vectors = widgets.Dropdown(options=VECTORS, description="motion")
-        self.frame = widgets.IntSlider(0, 0, FRAMES - 1, description="frame")
+        self.frame = widgets.IntSlider(0, 0, FRAMES - 1, description="frame", style={"description_width": "50px"})
         self.play = widgets.Play(min=0, max=FRAMES - 1, interval=500, description="play")
         self.errors = widgets.Checkbox(False, description="error against σ")
         self.button = widgets.Button(description="Save as NIfTI", icon="save")
-        self.said, self.found, self.picture = widgets.HTML(), widgets.HTML(), Picture()
+        self.said, self.found, self.caption, self.picture = widgets.HTML(), widgets.HTML(), widgets.HTML(), Picture()
         self.reliability = widgets.Image(format="png", layout={"display": "none", "max_width": "100%"})
-        controls = (
-            self.dataset,
-            self.pair,
-            self.grid,
-            *self.crosshair,
-            self.comparison,
-            self.overlay,
-            self.opacity,
-            self.vectors,
+        upper, lower = (
+            [self.dataset, self.pair, self.grid, *self.crosshair, self.comparison],
+            [self.overlay, self.opacity, self.vectors],
         )
-        for control in controls:
+        for control in upper + lower:
             control.layout.width, control.style.description_width = "340px", "88px"
-        self.frame.style.description_width = "50px"
-        left = widgets.VBox([self.dataset, self.pair, self.grid, *self.crosshair, self.comparison,
-                             widgets.HBox([self.play, self.frame]), self.overlay, self.opacity, self.vectors, self.errors,
-                             self.button, self.found], layout={"width": "350px", "flex": "0 0 auto"})  # fmt: skip
-        right = widgets.VBox([self.picture, self.reliability], layout={"flex": "1 1 420px", "min_width": "0"})
-        super().__init__([widgets.HBox([left, right], layout={"flex_flow": "row wrap"}), self.said, WidgetKeys()])
+        left = [*upper, widgets.HBox([self.play, self.frame]), *lower, self.errors, self.button, self.found]
+        right = [self.picture, self.caption, self.reliability]
+        columns = [widgets.VBox(left, layout={"width": "350px", "flex": "0 0 auto"}),
+                   widgets.VBox(right, layout={"flex": "1 1 420px", "min_width": "0"})]  # fmt: skip
+        super().__init__([widgets.HBox(columns, layout={"flex_flow": "row wrap"}), self.said, WidgetKeys()])
         self._quiet = False
         self._open_dataset()
         widgets.jslink((self.play, "value"), (self.frame, "value"))
-        self.dataset.observe(lambda _: self._guarded(self._open_dataset), "value")
-        self.pair.observe(lambda _: self._guarded(self._open_pair), "value")
-        self.grid.observe(lambda _: self._guarded(self._register), "value")
-        for control in (*self.crosshair, self.comparison, self.overlay, self.opacity, self.vectors, self.frame):
-            control.observe(lambda _: self._guarded(self._draw), "value")
-        self.errors.observe(lambda _: self._guarded(self._show_errors), "value")
+        drawn = (*self.crosshair, self.comparison, self.overlay, self.opacity, self.vectors, self.frame)
+        for control, answer in ((self.dataset, self._open_dataset), (self.pair, self._open_pair), (self.grid, self._register),
+                                (self.errors, self._show_errors), *((control, self._draw) for control in drawn)):  # fmt: skip
+            control.observe(lambda _, answer=answer: self._guarded(answer), "value")
         self.picture.observe(lambda change: self._guarded(self._click, change["new"]), "clicked")
         self.button.on_click(lambda _: self._guarded(self._save))
 
@@ -143,10 +142,8 @@ class Explorer(widgets.VBox):
         self.said.value = ""
         try:
             call(*arguments)
-        except OSError as error:
-            self.said.value = f"<b>{html.escape(str(error.filename))}: {error.strerror}; expected to be able to read and write it.</b>"
-        except ValueError as error:
-            self.said.value = f"<b>{html.escape(str(error))}</b>"
+        except (OSError, ValueError) as error:
+            self.said.value = f"<b>{html.escape(sentence(error))}</b>"
 
     def _later(self, call: Callable[[], None]) -> None:
         """Do it when no control waits for an answer; another such call takes its place."""
@@ -197,6 +194,7 @@ class Explorer(widgets.VBox):
     def _show(self, registered: Registered) -> None:
         """The picture first, which is what the eye waits for; then the numbers."""
         self.registered, self.measured = registered, None
+        self.caption.value = f"<div style='{SMALL}'>{html.escape(caption(registered))}</div>"
         self._draw()
         self._later(lambda: self._guarded(self._measure))
 
@@ -208,9 +206,8 @@ class Explorer(widgets.VBox):
     def look(self) -> Look:
         """What the controls ask for."""
         voxel = tuple(slider.value for slider in self.crosshair)
-        return Look(
-            voxel, self.comparison.value, self.overlay.value, self.opacity.value, self.vectors.value, self.frame.value
-        )
+        controls = (self.comparison, self.overlay, self.opacity, self.vectors, self.frame)
+        return Look(voxel, *(control.value for control in controls))
 
     def _draw(self) -> None:
         self.picture.png = self.view.draw(self.look())
@@ -229,9 +226,9 @@ class Explorer(widgets.VBox):
             self._draw()
 
     def _show_errors(self) -> None:
-        figure = error_figure(self.registered) if self.errors.value else None
+        figure = self.error_figure(self.registered) if self.errors.value else None
         if figure is not None:
-            self.reliability.value = png(figure)
+            self.reliability.value = figure.png()
         elif self.errors.value:
             self.said.value = "The true displacement of this pair is not known: there is no error to show."
         self.reliability.layout.display = None if figure is not None else "none"
@@ -244,26 +241,18 @@ class Explorer(widgets.VBox):
 
 def read_out_table(found: dict[str, Any]) -> str:
     """What is known at the crosshair, as an HTML table in mm."""
-    place = ", ".join(f"{value:.1f}" for value in found["scan_mm"])
-    rows = [
-        f"<tr><td colspan=4>scan (RAS mm): {place}" + (f"; {found['label']}" if found["label"] else "") + "</td></tr>"
-    ]
-    rows.append("<tr><th>mm</th><th>moves</th><th>± σ</th><th>error</th></tr>")
-    for number, axis in enumerate(AXES):
-        cells = [found[name][number] if found[name] is not None else None
-                 for name in ("displacement_mm", "sigma_mm", "error_mm")]  # fmt: skip
-        rows.append(
-            f"<tr><td>{axis}</td>" + "".join(f"<td>{'–' if c is None else f'{c:.2f}'}</td>" for c in cells) + "</tr>"
-        )
-    return f"<table style='line-height: 1.4; font-size: 90%'>{''.join(rows)}</table>"
+    place = ", ".join(f"{value:.1f}" for value in found["scan_mm"]) + (f"; {found['label']}" if found["label"] else "")
+    rows = pd.DataFrame(
+        {"mm": AXES, "moves": found["displacement_mm"], "± σ": found["sigma_mm"], "error": found["error_mm"]}
+    )
+    table = rows.to_html(index=False, float_format="{:.2f}".format, na_rep="–", border=0)
+    return f"<div style='{SMALL}'>scan (RAS mm): {html.escape(place)}{table}</div>"
 
 
 def measured_table(rows: pd.DataFrame) -> str:
     """Before and after registration, as an HTML table."""
-    body = "".join(f"<tr><td>{name}</td>" + "".join(f"<td>{f'{value:#.3g}' if value else '0'}</td>" for value in row) + "</tr>"
-                   for name, row in rows.iterrows())  # fmt: skip
-    head = "".join(f"<th>{when}</th>" for when in rows)
-    return f"<table style='line-height: 1.4; font-size: 90%'><tr><th></th>{head}</tr>{body}</table>"
+    table = rows.to_html(float_format=lambda value: f"{value:#.3g}" if value else "0", border=0)
+    return f"<div style='{SMALL}'>{table}</div>"
 
 
 def volume_view(registered: Registered, overlay: str = "", opacity: float = 0.5, height: int = 400) -> NiiVue:

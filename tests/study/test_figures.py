@@ -17,12 +17,13 @@ import pytest
 
 from gridreg.errors import InputError
 from gridreg.explorer import style
-from gridreg.explorer.slices import AXIAL_LETTERS, VIEWS, central_voxel, show_deformed_grid, show_slice, slice_of
+from gridreg.explorer.slices import VIEWS, central_voxel, show_slice, slice_of
 from gridreg.scans.pair import Pair
 from study.evaluation.evaluate import save_pictures
 from study.reporting.figures import grid_sizes, landmarks, training
 from study.reporting.figures import registrations as panels
 from study.reporting.figures.landmarks import landmark_figure
+from study.reporting.figures.slices import AXIAL_LETTERS, show_deformed_grid
 from study.reporting.figures.style import PAGE, missing_figure, save_figure
 from study.reporting.results import RUN_LABELS
 

@@ -203,7 +203,7 @@ def changed_stages(repository: Any) -> set[str]:
 
 
 def run_stage(name: str, options: Iterable[str], environment: dict[str, str]) -> None:
-    """`dvc repro --single-item NAME`, in a process of its own; ends it with DVC's status."""
+    """`dvc repro --single-item NAME`, in a new process, which ends with DVC's status."""
     os.chdir(ROOT)
     os.environ.update(environment)
     from dvc.cli import main as dvc

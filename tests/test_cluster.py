@@ -85,7 +85,7 @@ t.run_training(Path({folder!r}), None, Path({scratch!r}))
 
 
 def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):
-    """Each draws pairs of its own, and both end with the same weights: those of the mean gradient."""
+    """Each draws other pairs, and both end with the same weights: those of the mean gradient."""
     script = tmp_path / "train.py"
     script.write_text(
         SEVERAL.format(tests=str(ROOT / "tests" / "support"), folder=str(folder), scratch=str(tmp_path / "scratch"))

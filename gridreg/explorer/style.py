@@ -62,5 +62,5 @@ def styled() -> AbstractContextManager:
 
 
 def colour(run: str) -> str:
-    """The colour of a run, the same in every figure; a run without one of its own is dark grey."""
+    """The colour of a run, the same in every figure; any other run is dark grey."""
     return COLOURS.get(run, _UNKNOWN)

@@ -1,6 +1,6 @@
 """One pair of images on one grid, with all that is known about it: the object that the rest of the code hands on.
 
-A cohort's preprocessed pair and two NIfTI files of one's own are both a ``Pair``; metrics, error maps, figures and the
+A cohort's preprocessed pair and two NIfTI files are both a ``Pair``; metrics, error maps, figures and the
 explorer take it.
 """
 

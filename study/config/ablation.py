@@ -16,7 +16,7 @@ from study.config.schema import UNTRAINED, AblationRun, defaults, hints
 
 OWN = tuple(hints(AblationRun))  # of and seed, beside what differs
 BUDGET = ("steps", "epochs")  # never of one run: all have the same
-PLACE = "ablation"  # stands for the dataset where trainings are named
+ABLATION_FOLDER = "ablation"  # takes the place of the dataset's name in folders and lists of trainings
 
 
 def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
@@ -92,12 +92,12 @@ def seeds(params: dict[str, Any]) -> list[str]:
 def trainings(params: dict[str, Any]) -> list[tuple[str, str]]:
     """Every training in use, (dataset, run); of the ablations (``ablation``, run)."""
     runs = [(dataset, run) for dataset in params["use"]["datasets"] for run in params["use"]["trained"]]
-    return runs + [(PLACE, name) for name in params["ablation"]["use"]]
+    return runs + [(ABLATION_FOLDER, name) for name in params["ablation"]["use"]]
 
 
 def named_arguments(params: dict[str, Any], dataset: str, run: str) -> tuple[str, dict[str, Any]]:
     """The dataset of one of ``trainings``, and what ``train.train`` needs beside its data and where to write."""
-    if dataset != PLACE:
+    if dataset != ABLATION_FOLDER:
         return dataset, training_arguments(params, dataset, run)
     section = params["ablation"]
     arguments = training_arguments(params | {"runs": ablations(params)}, section["dataset"], run)

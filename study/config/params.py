@@ -1,6 +1,6 @@
 """Read and check `params.yaml`, the one file of values that the results depend on. Nothing here writes it.
 
-`schema` has every parameter. Devices, nodes and precision never stand in the file (another machine would have to compute
+`schema` has every parameter. Devices, nodes and precision are never in the file (another machine would have to compute
 everything again): they are the environment variables GRIDREG_ACCELERATOR, GRIDREG_DEVICES, GRIDREG_NODES and
 GRIDREG_PRECISION.
 """
@@ -31,7 +31,7 @@ def profile_names(path: str | Path) -> list[str]:
 def load(path: str | Path = "params.yaml", recall: bool = True) -> dict[str, Any]:
     """The checked values of `params.yaml` as plain dicts and lists: defaults filled in, every run complete.
 
-    `use` names what can be run: a dataset whose folder is not found stands in `use.skipped`, a run that cannot be trained
+    `use` names what can be run: a dataset whose folder is not found is in `use.skipped`, a run that cannot be trained
     on a dataset, and the ablations without theirs, in `use.left_out`; both say why. With `recall`, a dataset also counts
     as found where in_use.yaml has it: a compute node may lack the raw scans. Raises InputError.
     """
@@ -42,9 +42,9 @@ def resolve(values: dict[str, Any], path: str | Path = "params.yaml", recall: bo
     """``load`` for values that were read from `path`, which are left as they are."""
     params = check(values, Params, path)
     refuse_unknown(params["profile"], profile_names(path) or [params["profile"]], "profile", str(path))
-    if ablation.PLACE in params["datasets"]:
+    if ablation.ABLATION_FOLDER in params["datasets"]:
         raise InputError(
-            f"{path}: datasets: {ablation.PLACE!r} is no usable name; expected another, results have it already"
+            f"{path}: datasets: {ablation.ABLATION_FOLDER!r} is no usable name; expected another, results have it already"
         )
     for name, block in params["datasets"].items():
         block["title"] = block["title"] or name

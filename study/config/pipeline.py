@@ -83,7 +83,7 @@ def settings(params: dict[str, Any]) -> dict[str, Any]:
     and the sections of params.yaml by their names, for tables, figures and the report
     """
     use, datasets = params["use"], params["use"]["datasets"]
-    trained: dict[str, dict] = {place: {} for place in (*datasets, ablation.PLACE)}
+    trained: dict[str, dict] = {place: {} for place in (*datasets, ablation.ABLATION_FOLDER)}
     for place, run in ablation.trainings(params):
         dataset, arguments = ablation.named_arguments(params, place, run)
         trained[place][run] = arguments if place == dataset else arguments | {"dataset": dataset}

@@ -113,7 +113,7 @@ class Dataset(Section):
 
 # ---- For experts -----------------------------------------------------------------------------------------------------
 class Train(Section):
-    """Of every trained run. A run may have values of its own for all of these."""
+    """Of every trained run. A run may override each of these."""
 
     steps: Count | None = None  # either steps or epochs is a number
     epochs: Count | None = None  # each has as many pairs as there are training scans
@@ -261,7 +261,7 @@ OVERRIDES = {name: _of_one_run(name, hint) for name, hint in hints(Train).items(
 RUNS: dict[str, type[Section]] = {
     name: model if name in UNTRAINED else create_model(model.__name__, __base__=model, __module__=__name__, **OVERRIDES)
     for name, model in METHODS.items()
-}  # what one run of a method may have: its settings and, if it is trained, values of its own for Train
+}  # what one run of a method may have: its settings and, if it is trained, its overrides of Train
 
 
 def defaults(method: str) -> dict[str, Any]:

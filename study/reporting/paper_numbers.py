@@ -72,7 +72,7 @@ TABLE1: dict[tuple[str, str], dict[str, Printed]] = {
         "original": Printed(0.70, 0.10, "?", _ROW),
         "voxelmorph": Printed(0.86, 0.02, "?", _ROW),
         "transmorph": Printed(0.84, 0.03, "?", _ROW),
-        "keymorph": Printed(0.86, 0.05, "?", _ROW + " (the same value stands in Table 2, nine layers)"),
+        "keymorph": Printed(0.86, 0.05, "?", _ROW + " (Table 2, nine layers, has the same value)"),
         "gridreg": Printed(0.88, 0.02, "*", _BOLD),
     },
     ("prostate", "landmark_mm"): {

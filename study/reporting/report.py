@@ -131,7 +131,7 @@ def effect(finding: Finding) -> str:
 
 
 def tables_as_html(folder: Path) -> tuple[list[Markup], Markup]:
-    """Every table with the notes of its own; and the notes that several tables share, once."""
+    """Every table with its notes; notes that several tables share appear once."""
     texts = {name.removeprefix("table"): _read(folder / f"{name}.md").replace("&emsp;", "") for name in TABLES}
     under: dict[str, list[str]] = {}  # note → numbers of the tables that have it
     for number, text in texts.items():

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from gridreg.errors import InputError, exit_status
 from study.config import params
-from study.config.ablation import PLACE, ablations
+from study.config.ablation import ABLATION_FOLDER, ablations
 from study.config.files import write as write_text
 
 FILE = Path(__file__).parents[2] / "fingerprints.yaml"
@@ -31,7 +31,7 @@ COMMAND = "python -m study.training.fingerprint"
 
 
 def network_kinds(run: dict[str, Any]) -> list[str]:
-    """The kinds of a run's network: what of its settings is code of its own, not just another size."""
+    """The kinds of a run's network: settings that select other code, not just another size."""
     method = run["method"]
     if method == "gridreg":
         kind = f"gridreg-{run.get('upsampling', 'trilinear')}"
@@ -102,8 +102,8 @@ def write(folder: Path | str, values: dict[str, Any]) -> None:
             save("evaluate", dataset, f"{name}-refined", evaluation_kinds(runs[name], block["similarity"]))
     for name, run in ablations(values).items():
         block = values["datasets"][values["ablation"]["dataset"]]
-        save("train", PLACE, name, training_kinds(run, block["similarity"], block["dice_weight"]))
-        save("evaluate", PLACE, name, evaluation_kinds(run))
+        save("train", ABLATION_FOLDER, name, training_kinds(run, block["similarity"], block["dice_weight"]))
+        save("evaluate", ABLATION_FOLDER, name, evaluation_kinds(run))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The uncertainty explorer: what it reads out, its samples, and what it writes of two files of one's own."""
+"""The uncertainty explorer: what it reads out, its samples, and what it writes for two files."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_click_on_the_crosshair_is_the_voxel(registered):
 
 
 def test_widgets_answer_and_errors_become_a_sentence(pair, registered, tmp_path):
-    """The whole explorer on a pair of one's own, without a browser."""
+    """The whole explorer on two files, without a browser."""
     network = GridReg(base_channels=4, num_layers=4, bayesian=True)
     run = {"method": "gridreg", "grids": [[5, 5, 5]], "base_channels": 4, "num_layers": 4, "bayesian": True}
     save_model(tmp_path / "models" / "mine", network, {"run": run, "grid": [5, 5, 5], "training": {}})
@@ -200,7 +200,7 @@ def cohort(tmp_path):
 
 
 def test_any_trained_gridreg_opens_whatever_its_cohort(cohort, tmp_path, pair):
-    """Runs of a cohort of one's own, of the ablation, and of a cohort that params.yaml no longer names."""
+    """Runs of a user's cohort, of the ablation, and of a cohort that params.yaml no longer names."""
     block = VALUES["datasets"]["mine"] | {"path": str(cohort)}
     values = {"datasets": {"mine": block}, "ablation": {"dataset": "mine"}}
     train = tmp_path / "results" / "train"

@@ -14,7 +14,7 @@ import gridreg
     "first", ["gridreg.refinement", "gridreg.laplace", "gridreg.fast", "gridreg.checkpoint", "gridreg.spatial"]
 )
 def test_functions_are_functions_and_modules_are_modules(first):
-    """In a process of its own, where nothing else has been imported."""
+    """In a new process, where nothing else has been imported."""
     code = f"""
 import importlib, pkgutil, types
 importlib.import_module({first!r})

@@ -138,7 +138,7 @@ def test_the_method_looks_only_around_the_labels_it_is_given(deformed, monkeypat
 
 
 def test_the_method_registers_each_pair_of_a_batch_and_always_alike(deformed):
-    """In two processes of its own, and in this one, where other tests have run ITK."""
+    """In two new processes, and in this one, where other tests have run ITK."""
     fixed, moving, _ = deformed
     images = [torch.from_numpy(np.stack(side))[:, None] for side in ((fixed, moving), (moving, fixed))]
     first, again = SyN(iterations=(20, 10, 0)), SyN(iterations=(20, 10, 0))

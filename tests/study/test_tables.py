@@ -259,7 +259,7 @@ def test_latex_is_balanced_and_rectangular():
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert text.count(r"\begin{") == text.count(r"\end{")
-    text.encode("ascii")  # whatever is not ASCII would need a package of its own
+    text.encode("ascii")  # whatever is not ASCII would need another package
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")

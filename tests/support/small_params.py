@@ -1,4 +1,4 @@
-"""A small params.yaml with profiles of its own, so that tuning the real ones cannot break the tests of behaviour."""
+"""A small params.yaml with its own small profiles, so that tuning the real ones cannot break the tests of behaviour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in for a DVC stage where processes are tested: it notes when it ran, and fails when it is called so."""
+"""A replacement for a DVC stage in tests of processes: it records when it ran, and fails when its name says so."""
 
 from __future__ import annotations
 

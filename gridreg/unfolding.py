@@ -18,7 +18,7 @@ from gridreg.upsampling import apply_along_axes, basis, upsample
 
 LEAST_VOLUME = 0.01  # of a cell; less counts as a fold, so that rounding makes none
 ROUNDS = 200
-TOUCHED = 0.5  # summed weight of a control point at the voxels of a fold from which on it is smoothed
+TOUCHED = 0.5  # summed weight of a control point at the voxels of folds from which on it is smoothed, in round 1
 SHARE = 0.25  # of the neighbours' mean
 
 
@@ -58,7 +58,9 @@ def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
         turned |= sign * (torch.linalg.cross(a, b) * c).sum(-1) < LEAST_VOLUME
     marked[around[turned].flatten(0, 1).unbind(1)] = True
 
-    voxels, last = around.flatten(0, 1).unique(dim=0), torch.tensor(shape, device=device) - 1
+    corner = torch.zeros_like(marked)
+    corner[around.flatten(0, 1).unbind(1)] = True
+    voxels, last = corner.nonzero(), torch.tensor(shape, device=device) - 1
     columns = []
     for axis in range(3):
         step = torch.zeros(3, dtype=torch.long, device=device)
@@ -104,10 +106,10 @@ def unfold(control_points: Tensor, shape: Shape, upsampling: str = "trilinear") 
     back = [basis(n, g, upsampling, control_points.device).T for n, g in zip(shape, control_points.shape[2:])]
     field = upsample(control_points, shape, upsampling)[0]
     marked = folds(field)
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         if not marked.any():
             return control_points
-        touched = apply_along_axes(marked[None, None].float(), back) > TOUCHED
+        touched = apply_along_axes(marked[None, None].float(), back) > TOUCHED / number  # farther and farther around
         smooth = F.avg_pool3d(F.pad(control_points, (1,) * 6, mode="replicate"), 3, 1)
         control_points = torch.where(touched, torch.lerp(control_points, smooth, SHARE), control_points)
         before, field = field, upsample(control_points, shape, upsampling)[0]

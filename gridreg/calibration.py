@@ -1,4 +1,4 @@
-"""Is the uncertainty right? Predicted standard deviations against errors that are known (for the Bayesian head).
+"""Is the uncertainty right? Predicted standard deviations against errors that are known.
 
 error, sigma   (3, ...) in mm, any shape after the first axis, usually (3, N) with the voxels of a region, of one case or
                of several joined: u - u_true, and the predicted standard deviation, along each array axis. One error and
@@ -7,6 +7,9 @@ error, sigma   (3, ...) in mm, any shape after the first axis, usually (3, N) wi
 Two questions, and an uncertainty can answer one without the other. *Ranking*: is it large where the error is large
 (sparsification)? *Scale*: is an error of one sigma as frequent as it should be (coverage, calibration errors)? A single
 factor, fitted on validation cases, mends the scale and leaves the ranking as it is.
+
+Every function raises ValueError on shapes that differ or are not (3, ...), values that are not finite, or a sigma that is
+not above 0.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ STEPS = 100  # of the fraction left out along a sparsification curve
 
 
 def _checked(error: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as (3, N) float64. ValueError on other shapes, no voxel, values that are not finite, sigma not above 0."""
+    """Both as (3, N) float64."""
     error, sigma = np.asarray(error, float), np.asarray(sigma, float)
     if error.shape != sigma.shape or error.ndim < 2 or error.shape[0] != 3 or error.size == 0:
         raise ValueError(f"error is {error.shape} and sigma {sigma.shape}, expected (3, ...) twice, with voxels")
@@ -32,17 +35,14 @@ def _checked(error: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def scale(error: np.ndarray, sigma: np.ndarray) -> float:
     """The factor s for which errors are most likely under N(0, (s·sigma)²): s² = mean(error² / sigma²).
 
-    Fit it on validation cases, apply it as s·sigma to test cases. ValueError as ``coverage``.
+    Fit it on validation cases, apply it as s·sigma to test cases.
     """
     error, sigma = _checked(error, sigma)
     return float(np.sqrt(np.mean(np.square(error / sigma))))
 
 
 def coverage(error: np.ndarray, sigma: np.ndarray, levels=(0.5, 0.9, 0.95)) -> np.ndarray:
-    """Fraction of components within the central Gaussian interval of each level, (L,); the levels themselves are ideal.
-
-    ValueError on shapes that differ or are not (3, ...), values that are not finite, or a sigma that is not above 0.
-    """
+    """Fraction of components within the central Gaussian interval of each level, (L,); the levels themselves are ideal."""
     error, sigma = _checked(error, sigma)
     within = np.sort(np.abs(error / sigma), axis=None)
     limits = scipy.stats.norm.ppf(0.5 + np.asarray(levels, float) / 2)
@@ -61,16 +61,18 @@ def coverage_error(error: np.ndarray, sigma: np.ndarray, levels=LEVELS) -> float
 def spread_error(error: np.ndarray, sigma: np.ndarray, bins: int = BINS) -> float:
     """Expected normalised calibration error: mean over bins of |RMS sigma - RMS error| / RMS sigma; 0 is ideal.
 
-    Components are sorted by sigma into ``bins`` of equal size (to one). Unlike coverage it asks whether *each* predicted
-    spread is right, not only their mixture. After Levi et al., "Evaluating and calibrating uncertainty prediction in
-    regression tasks" (Sensors 2022). ValueError with fewer components than bins.
+    Unlike coverage it asks whether *each* predicted spread is right, not only their mixture. After Levi et al.,
+    "Evaluating and calibrating uncertainty prediction in regression tasks" (Sensors 2022).
     """
     predicted, found = spread_bins(error, sigma, bins)
     return float(np.mean(np.abs(predicted - found) / predicted))
 
 
 def spread_bins(error: np.ndarray, sigma: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, np.ndarray]:
-    """(RMS sigma, RMS error) of each bin of sigma, (bins,) twice, in mm: the points of a reliability diagram."""
+    """(RMS sigma, RMS error) of each bin of sigma, (bins,) twice, in mm: the points of a reliability diagram.
+
+    Components are sorted by sigma into bins of equal size (to one). ValueError with fewer components than bins.
+    """
     error, sigma = _checked(error, sigma)
     if error.size < bins:
         raise ValueError(f"found {error.size} components, expected at least one in each of {bins} bins")
@@ -84,10 +86,9 @@ def sparsification(
     """(fraction left out, error left by sigma, error left by the oracle), each (steps,), fractions in [0, 1).
 
     The error of a voxel is the length |error|, its uncertainty the root of the summed variances of its three axes. The
-    voxels with the largest uncertainty are left out first; the oracle leaves out those with the largest error. Left is
-    the mean error of the remaining voxels over that of all voxels: both curves start at 1, and an uncertainty that
-    knows nothing stays at 1. Voxels of equal uncertainty are left out in equal shares. After Ilg et al., "Uncertainty
-    estimates and multi-hypotheses networks for optical flow" (ECCV 2018). If every error is 0, so are both curves.
+    voxels with the largest uncertainty are left out first, those of equal uncertainty in equal shares; the oracle leaves
+    out those with the largest error. Left is the mean error of the remaining voxels over that of all voxels, 0 if every
+    error is 0. After Ilg et al., "Uncertainty estimates and multi-hypotheses networks for optical flow" (ECCV 2018).
     """
     error, sigma = _checked(error, sigma)
     length, spread = (np.sqrt(np.square(values).sum(0)) for values in (error, sigma))
@@ -105,10 +106,10 @@ def _left(length: np.ndarray, ranked_by: np.ndarray, fractions: np.ndarray) -> n
 
 
 def ause(error: np.ndarray, sigma: np.ndarray, steps: int = STEPS) -> float:
-    """Area between the two curves of ``sparsification``, by the trapezium rule; 0: sigma ranks as the errors do.
+    """Area between the two curves of ``sparsification``, in units of the mean error; 0: sigma ranks as the errors do.
 
-    In units of the mean error times the whole range of fractions; below 0 it cannot fall. An uncertainty that knows
-    nothing gets the area above the oracle's curve, which depends on the errors, so show that beside it.
+    An uncertainty that knows nothing gets the area above the oracle's curve, which depends on the errors, so show that
+    beside it.
     """
     fractions, left, best = sparsification(error, sigma, steps)
     return float(np.trapezoid(left - best, fractions))

@@ -1,7 +1,7 @@
 """Bring one scan, with what belongs to it, to a common grid: one orientation, isotropic voxels, intensities in [0, 1].
 
 A scan is turned to canonical RAS, optionally aligned to a reference by an affine map, resampled and cropped or padded,
-all in a single interpolation. Labels, landmarks and a known true deformation go along.
+all in a single interpolation. Labels and landmarks go along.
 
 The grid. affine = diag(spacing) with the grid's centre, voxel (shape - 1) / 2, at
 
@@ -30,8 +30,8 @@ from gridreg.scans.align import Reference, align, content_box
 from gridreg.scans.geometry import NOT_ORIENTED, apply_affine
 from gridreg.scans.intensity import Intensity, read_normalised
 from gridreg.scans.landmarks import inside, read_landmarks
-from gridreg.scans.resample import resample_field, resample_image, resample_labels
-from gridreg.scans.volumes import Volume, read_field_mm, read_labels, times
+from gridreg.scans.resample import resample_image, resample_labels
+from gridreg.scans.volumes import Volume, read_labels, times
 
 LITTLE_KEPT = 0.5  # share of a scan's intensity inside the grid below which its content may lie off its centre
 
@@ -58,15 +58,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Scan:
-    """One image file and the files that belong to it; None where there is no such file.
-
-    truth: a displacement field to the template that a simulated scan was made from.
-    """
+    """One image file and the files that belong to it; None where there is no such file."""
 
     image: Path
     label: Path | None = None
     landmarks: Path | None = None
-    truth: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,6 @@ class Prepared:
     image        float32 in [0, 1]
     labels       int16
     landmarks    {name: position in voxels, (3,)}
-    truth_mm     (3, W, H, D) displacement to the template, world RAS mm
     to_source    (4, 4) world of the grid → world of the scan, mm
     orientation  axis codes of the file as stored, e.g. "LPS"
     kept         share of the scan's total intensity inside the grid; a low value means that the shape cuts it
@@ -86,7 +81,6 @@ class Prepared:
     image: np.ndarray
     labels: np.ndarray | None
     landmarks: dict[str, np.ndarray] | None
-    truth_mm: np.ndarray | None
     to_source: np.ndarray
     orientation: str
     kept: float
@@ -142,7 +136,7 @@ def prepare(
     if moved.min() == moved.max():
         found = f"no overlap between the image and the {crop}"
         raise refused(scan.image, found, "a crop that contains part of it")
-    label_map, points, truth = None, None, None
+    label_map, points = None, None
     if scan.label is not None:
         stored, more = read_labels(scan.label, volume, labels, intensity.nan)
         notes += more
@@ -159,11 +153,9 @@ def prepare(
             if not inside(point, target.shape):
                 found = f"landmark '{name}' at voxel {point.round(1).tolist()}"
                 raise refused(scan.landmarks, found, f"it inside the {crop}; a larger shape would contain it")
-    if scan.truth is not None:
-        truth = resample_field(*read_field_mm(scan.truth), target.affine, to_source, target.shape)
     kept = float(moved.sum() * abs(np.linalg.det(grid_to_source)) / image.sum())
     orientation = "".join(nibabel.aff2axcodes(volume.geometry.affine))
-    return Prepared(moved, label_map, points, truth, to_source, orientation, kept, notes)
+    return Prepared(moved, label_map, points, to_source, orientation, kept, notes)
 
 
 def placed(target: Target, centre_mm: np.ndarray) -> np.ndarray:

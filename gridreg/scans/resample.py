@@ -1,6 +1,6 @@
-"""Bring a volume to the preprocessed grid: images, label maps and displacement fields.
+"""Bring a volume to the preprocessed grid: images and label maps.
 
-Every function takes one 4×4 matrix, from a voxel of the wanted grid to a voxel of the stored volume, in which crop,
+Both functions take one 4×4 matrix, from a voxel of the wanted grid to a voxel of the stored volume, in which crop,
 spacing and alignment are already multiplied together: whatever happens, a volume is interpolated once.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
-from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
+from scipy.ndimage import affine_transform, gaussian_filter
 
 from gridreg.scans.geometry import apply_affine
 
@@ -63,18 +63,3 @@ def _most_votes(ballots: np.ndarray, candidates: int) -> np.ndarray:
         votes[column] += 1
     first = np.argmax(votes[counter], axis=0)  # argmax takes the first of several
     return np.take_along_axis(ballots, first[None], 0)[0]
-
-
-def resample_field(
-    field_mm: np.ndarray, lattice: np.ndarray, grid: np.ndarray, to_source: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Carry a subject's true deformation to the grid: e(q) = p + d(p) - q with p = to_source(q); (3, W, H, D) mm.
-
-    field_mm: d on its own lattice, world RAS mm; lattice, grid: their voxel → world affines; to_source: (4, 4), world
-    of the grid → world of the subject. Linear between lattice points, as the field is defined; constant beyond them.
-    """
-    q = apply_affine(grid, np.moveaxis(np.indices(shape), 0, -1))  # (W, H, D, 3)
-    p = apply_affine(to_source, q)
-    at = np.moveaxis(apply_affine(np.linalg.inv(lattice), p), -1, 0)
-    d = np.stack([map_coordinates(component, at, order=1, mode="nearest") for component in field_mm])
-    return (np.moveaxis(p - q, -1, 0) + d).astype(np.float32)

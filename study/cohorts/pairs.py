@@ -22,7 +22,7 @@ from gridreg.scans.start import Start, choose_start
 from study import ROOT
 from study.cohorts.dataset import Preprocessed, load_index
 from study.cohorts.learn2reg import Cohort, limit, read_cohort
-from study.cohorts.truth import correspondence
+from study.cohorts.truth import carried_truth, correspondence
 
 
 def demo_pairs(values: dict[str, Any], dataset: str, split: str = "test") -> list[tuple[str, str]]:
@@ -46,13 +46,10 @@ def demo_pair(values: dict[str, Any], dataset: str, number: int = 0, split: str 
     else:
         target, prepared, notes = prepare_pair(scans, **_grid(settings), labels=labels, intensity=intensity)
     truth = None
-    if (not cohort.template_per_patient or fixed.patient == moving.patient) and all(
-        p.truth_mm is not None for p in prepared
-    ):
+    if (not cohort.template_per_patient or fixed.patient == moving.patient) and fixed.truth and moving.truth:
         to_voxels = np.linalg.inv(target.affine[:3, :3])
-        truth = correspondence(
-            *(np.einsum("ab,bijk->aijk", to_voxels, p.truth_mm).astype(np.float32) for p in prepared)
-        )
+        fields = [carried_truth(scan.truth, target, p.to_source) for scan, p in zip(scans, prepared)]
+        truth = correspondence(*(np.einsum("ab,bijk->aijk", to_voxels, field).astype(np.float32) for field in fields))
     return as_pair(f"{fixed.id} ← {moving.id}", scans, target, prepared, notes, label_names=cohort.label_names, truth=truth,
                    simulated=cohort.simulated)  # fmt: skip
 

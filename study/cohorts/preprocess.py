@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from gridreg.scans.start import Start, choose_start
 from gridreg.scans.volumes import SMALLEST, write_field_mm, write_volume
 from study.cohorts.learn2reg import Cohort, limit, read_cohort
 from study.cohorts.splits import Subject
+from study.cohorts.truth import carried_truth
 from study.locks import whole_folder
 
 FILES = {  # what a record of the index promises → folder and ending
@@ -119,13 +119,13 @@ def preprocess_subject(
     intensity: Intensity = Intensity(),
 ) -> dict:
     """Bring one subject to the target grid, write its files under ``out`` and return its entry of the index."""
-    if subject.split == "train":  # nothing may learn from the truth, and that of 3000 subjects would fill a disk
-        subject = replace(subject, truth=None)
     scan = prepare_scan(subject, target, labels, reference, start.centre_mm, intensity)
     write_volume(out / "images" / f"{subject.id}.nii.gz", scan.image, target.affine)
+    # nothing may learn from the truth, and that of 3000 subjects would fill a disk
+    with_truth = subject.truth is not None and subject.split != "train"
     record = {
         "split": subject.split, "patient": subject.patient, "label": scan.labels is not None,
-        "landmarks": scan.landmarks is not None, "truth": scan.truth_mm is not None,
+        "landmarks": scan.landmarks is not None, "truth": with_truth,
         "orientation": scan.orientation, "kept": round(scan.kept, 3), "to_source": scan.to_source.round(6).tolist(),
     }  # fmt: skip
     if scan.labels is not None:
@@ -133,8 +133,9 @@ def preprocess_subject(
         record["label_values"] = [int(v) for v in np.unique(scan.labels) if v]
     if scan.landmarks is not None:
         write_landmarks(out / "landmarks" / f"{subject.id}.csv", scan.landmarks)
-    if scan.truth_mm is not None:
-        write_field_mm(out / "truth" / f"{subject.id}.nii.gz", scan.truth_mm, target.affine)
+    if with_truth:
+        truth = carried_truth(subject.truth, target, scan.to_source)
+        write_field_mm(out / "truth" / f"{subject.id}.nii.gz", truth, target.affine)
     if scan.notes:
         record["notes"] = list(scan.notes)
     return record

@@ -20,8 +20,12 @@ HELD_OUT = 384 / 3384  # share of the training patients that validates where a r
 
 @dataclass(frozen=True)
 class Subject(Scan):
-    """One scan of a cohort, whose it is, and the split it belongs to."""
+    """One scan of a cohort, whose it is, and the split it belongs to.
 
+    truth: a displacement field to the template that a simulated scan was made from, or None.
+    """
+
+    truth: Path | None = None
     id: str = ""
     patient: str = ""
     split: str = ""

@@ -12,11 +12,18 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 
 from gridreg.errors import InputError
-from gridreg.scans.volumes import read_displacement
+from gridreg.scans.geometry import apply_affine
+from gridreg.scans.prepare import Target
+from gridreg.scans.volumes import read_displacement, read_field_mm
 
 ITERATIONS = 12
 CONVERGED = 1e-3  # voxels of the residual at which a voxel is no longer iterated
 ACCEPTED = 1e-2  # voxels
+
+
+def carried_truth(file: Path, target: Target, to_source: np.ndarray) -> np.ndarray:
+    """The true displacement of a subject to its template on the target grid: (3, W, H, D), world RAS mm (``resample_field``)."""
+    return resample_field(*read_field_mm(file), target.affine, to_source, target.shape)
 
 
 def pair_truth(index_dir: Path | str, fixed_id: str, moving_id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +38,21 @@ def pair_truth(index_dir: Path | str, fixed_id: str, moving_id: str) -> tuple[np
             f"{index_dir}: found the true fields of {fixed_id} and {moving_id} on different grids, expected one grid."
         )
     return correspondence(fixed[0], moving[0])
+
+
+def resample_field(
+    field_mm: np.ndarray, lattice: np.ndarray, grid: np.ndarray, to_source: np.ndarray, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Carry a subject's true deformation to the grid: e(q) = p + d(p) - q with p = to_source(q); (3, W, H, D) mm.
+
+    field_mm: d on its own lattice, world RAS mm; lattice, grid: their voxel → world affines; to_source: (4, 4), world
+    of the grid → world of the subject. Linear between lattice points, as the field is defined; constant beyond them.
+    """
+    q = apply_affine(grid, np.moveaxis(np.indices(shape), 0, -1))  # (W, H, D, 3)
+    p = apply_affine(to_source, q)
+    at = np.moveaxis(apply_affine(np.linalg.inv(lattice), p), -1, 0)
+    d = np.stack([map_coordinates(component, at, order=1, mode="nearest") for component in field_mm])
+    return (np.moveaxis(p - q, -1, 0) + d).astype(np.float32)
 
 
 def correspondence(fixed: np.ndarray, moving: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,12 +18,12 @@ from gridreg.scans.align import Reference, align
 from gridreg.scans.geometry import apply_affine
 from gridreg.scans.intensity import normalise
 from gridreg.scans.prepare import Target, centred, fresh_processes
-from gridreg.scans.resample import resample_field, resample_image, resample_labels
+from gridreg.scans.resample import resample_image, resample_labels
 from gridreg.scans.volumes import read_image, write_displacement, write_field_mm, write_volume
 from study.cohorts import dataset, preprocess
 from study.cohorts.dataset import Preprocessed, load_index
 from study.cohorts.preprocess import preprocess_dataset
-from study.cohorts.truth import correspondence, pair_truth
+from study.cohorts.truth import correspondence, pair_truth, resample_field
 
 LAS = np.diag((-1.0, 1.0, 1.0, 1.0))
 LAS[:3, 3] = (300, -40, 11)  # an origin far away: headers lose their crop offsets

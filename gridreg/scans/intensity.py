@@ -19,6 +19,8 @@ AIR, AIR_SHARE = (-1100.0, -900.0), 0.01
 PADDING_SHARE = 0.95
 METAL = 2000.0
 
+Loaded = tuple[Volume, np.ndarray]  # a scan, and its image in [0, 1]
+
 
 @dataclass(frozen=True)
 class Intensity:
@@ -40,7 +42,7 @@ class Intensity:
             raise refused("nan", repr(self.nan), "refuse or background")
 
 
-def read_normalised(path: Path | str, intensity: Intensity = Intensity()) -> tuple[Volume, np.ndarray]:
+def read_normalised(path: Path | str, intensity: Intensity = Intensity()) -> Loaded:
     """A scan as ``read_image`` reads it, and its image in [0, 1]."""
     volume = read_image(path, intensity.nan)
     return volume, normalise(volume.data, intensity, str(path))

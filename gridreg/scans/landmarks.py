@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gridreg.errors import refused
-from gridreg.scans.files import read_text, renamed
+from gridreg.scans.files import read_text
 from gridreg.scans.geometry import RAS_TO_LPS, Geometry, apply_affine
 
 SUFFIXES = (".csv", ".tsv", ".fcsv", ".mrk.json")
@@ -91,14 +91,6 @@ def read_landmarks(
             return points, (f"{path}: {hit} of {len(points)} points lie within the body and {would} would with x and y negated; "
                             f"they are used as stated, in RAS; {STATE_LPS}",)  # fmt: skip
     return points, ()
-
-
-def write_landmarks(path: Path | str, points: dict[str, np.ndarray]) -> None:
-    """Write {name: voxel position} as ``name,x_voxel,y_voxel,z_voxel``."""
-    with renamed(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["name", "x_voxel", "y_voxel", "z_voxel"])
-        table.writerows([name, *(f"{v:.4f}" for v in point)] for name, point in points.items())
 
 
 def inside(voxel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

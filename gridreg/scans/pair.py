@@ -6,6 +6,7 @@ explorer take it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from gridreg.errors import refused
 from gridreg.scans.align import align, as_reference, content_box, read_reference, working_copy
 from gridreg.scans.geometry import apply_affine, check_orientations
-from gridreg.scans.intensity import Intensity, read_normalised
+from gridreg.scans.intensity import Intensity, Loaded, read_normalised
 from gridreg.scans.prepare import (
     LITTLE_KEPT,
     Prepared,
@@ -27,7 +28,7 @@ from gridreg.scans.prepare import (
     prepare,
     prepare_scan,
 )
-from gridreg.scans.start import STARTS, Loaded, decide_start
+from gridreg.scans.start import STARTS, decide_start
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +112,12 @@ def read_pair(
     if paths[0].resolve() == paths[1].resolve():
         raise refused(fixed, "the same file as fixed and moving image", "two scans")
     scans = tuple(map(Scan, paths))
-    target, prepared, notes = prepare_pair(scans, shape, spacing_mm, affine_reference, start=start, intensity=intensity)
-    return as_pair(f"{paths[0].name} ← {paths[1].name}", scans, target, prepared, notes)
+    title = f"{paths[0].name} ← {paths[1].name}"
+    return prepare_pair(title, scans, shape, spacing_mm, affine_reference, start=start, intensity=intensity)
 
 
 def prepare_pair(
+    title: str,
     scans: tuple[Scan, Scan],
     shape: tuple[int, int, int],
     spacing_mm: float,
@@ -123,29 +125,41 @@ def prepare_pair(
     labels: list[int] | None = None,
     start: str | None = None,
     intensity: Intensity = Intensity(),
-) -> tuple[Target, tuple[Prepared, Prepared], tuple[str, ...]]:
-    """The grid, both scans on it, and notes on how they were brought there. ``start`` as in ``read_pair``."""
+) -> Pair:
+    """Two scans with what belongs to them on a grid. ``labels``: those to keep (None: all); the rest as in ``read_pair``."""
     if start not in (*STARTS, None):
         raise refused("start", repr(start), f"one of {', '.join(STARTS)}")
     target = Target(tuple(shape), float(spacing_mm))
-    if affine_reference is not None:
-        if start not in ("affine", None):
-            raise refused("start", f"{start!r} and an affine_reference", "affine or null beside one")
-        reference = read_reference(affine_reference)
-        target = Target(target.shape, target.spacing_mm, tuple(reference.centre))
-        with fresh_processes(1) as pool:  # alignment is only reproducible in a process in which ITK has not run yet
-            jobs = [pool.submit(prepare_scan, scan, target, labels, reference, None, intensity) for scan in scans]
-            prepared = tuple(job.result() for job in jobs)
-        return (
-            target,
-            prepared,
-            ("millimetres shown here are those of the reference, to which both scans were aligned",),
-        )
-    loaded = [read_normalised(scan.image, intensity) for scan in scans]
-    maps, notes = _to_source(loaded, target, start)
-    prepared = tuple(prepare(scan, *each, target, to_source, labels, intensity)
-                     for scan, each, to_source in zip(scans, loaded, maps))  # fmt: skip
-    return target, prepared, notes
+    if affine_reference is None:
+        loaded = [read_normalised(scan.image, intensity) for scan in scans]
+        maps, notes = _to_source(loaded, target, start)
+        prepared = [prepare(scan, *each, target, to_source, labels, intensity)
+                    for scan, each, to_source in zip(scans, loaded, maps)]  # fmt: skip
+        return as_pair(title, scans, target, prepared, notes)
+    if start not in ("affine", None):
+        raise refused("start", f"{start!r} and an affine_reference", "affine or null beside one")
+    reference = read_reference(affine_reference)
+    target = Target(target.shape, target.spacing_mm, tuple(reference.centre))
+    with fresh_processes(1) as pool:  # alignment is only reproducible in a process in which ITK has not run yet
+        jobs = [pool.submit(prepare_scan, scan, target, labels, reference, None, intensity) for scan in scans]
+        prepared = [job.result() for job in jobs]
+    note = "millimetres shown here are those of the reference, to which both scans were aligned"
+    return as_pair(title, scans, target, prepared, (note,))
+
+
+def as_pair(
+    title: str, scans: Sequence[Scan], target: Target, prepared: Sequence[Prepared], notes: tuple[str, ...] = ()
+) -> Pair:
+    """The pair of two prepared scans."""
+    cut = [f"the crop keeps {each.kept:.0%} of the intensity of {scan.image.name}"
+           for scan, each in zip(scans, prepared) if each.kept < LITTLE_KEPT]  # fmt: skip
+    fixed, moving = prepared
+    return Pair(
+        title, fixed.image, moving.image, target.affine, target.spacing_mm,
+        files=(scans[0].image, scans[1].image), to_source=(fixed.to_source, moving.to_source),
+        labels=(fixed.labels, moving.labels), landmarks=(fixed.landmarks, moving.landmarks),
+        notes=tuple(dict.fromkeys([*fixed.notes, *moving.notes, *notes, *cut])),
+    )  # fmt: skip
 
 
 def _to_source(loaded: list[Loaded], target: Target, start: str | None) -> tuple[list[np.ndarray], tuple[str, ...]]:
@@ -170,23 +184,3 @@ def _to_source(loaded: list[Loaded], target: Target, start: str | None) -> tuple
         return [placed(target, chosen.centre_mm)] * 2, chosen.notes
     both = [centred_on_content(*each, target) for each in loaded]
     return [to_source for to_source, _ in both], chosen.notes + both[0][1] + both[1][1]
-
-
-def as_pair(
-    title: str,
-    scans: tuple[Scan, Scan],
-    target: Target,
-    prepared: tuple[Prepared, Prepared],
-    notes: tuple[str, ...] = (),
-    **known,
-) -> Pair:
-    """The pair of two prepared scans; ``known``: label_names, truth, simulated."""
-    cut = [f"the crop keeps {each.kept:.0%} of the intensity of {scan.image.name}"
-           for scan, each in zip(scans, prepared) if each.kept < LITTLE_KEPT]  # fmt: skip
-    fixed, moving = prepared
-    return Pair(
-        title, fixed.image, moving.image, target.affine, target.spacing_mm,
-        files=(scans[0].image, scans[1].image), to_source=(fixed.to_source, moving.to_source),
-        labels=(fixed.labels, moving.labels), landmarks=(fixed.landmarks, moving.landmarks),
-        notes=tuple(dict.fromkeys([*fixed.notes, *moving.notes, *notes, *cut])), **known,
-    )  # fmt: skip

@@ -15,24 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.special import entr
 
 from gridreg.errors import refused
-from gridreg.scans.geometry import Geometry, apply_affine, check_orientations, corners
-from gridreg.scans.intensity import Intensity, read_normalised
+from gridreg.scans.geometry import Geometry, apply_affine, check_orientations
+from gridreg.scans.intensity import Loaded
 from gridreg.scans.landmarks import inside
 from gridreg.scans.prepare import Target, centred_on_content, placed, to_whole_voxels
 from gridreg.scans.resample import resample_image
-from gridreg.scans.volumes import Volume, read_geometry
-
-Loaded = tuple[Volume, np.ndarray]  # a scan, and its image in [0, 1]
+from gridreg.scans.volumes import Volume
 
 STARTS = ("headers", "centre", "affine")
 OVERLAP = 0.25  # of the smaller of a scan's box and the grid: less is no overlap
-COUPLES = 5  # scans of a cohort that are looked at two by two
 BINS = 16  # of the intensities of two images that are compared
 BETTER = 1.25, 0.05  # times the agreement by headers, and above it: from there on centres are taken
 NOTABLE = 1.0  # mm: where a start was asked for and the other would differ by less, there is nothing to say
@@ -51,22 +47,6 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def choose_start(files: Sequence[Path | str], target: Target, wanted: str | None = None) -> Start:
-    """The start of a whole cohort, from the headers of its images and, where it must be decided, a few of the images.
-
-    wanted  "headers", "centre" or None
-
-    With headers, the median of the scans' centres comes to the centre of the grid. InputError where scans with and
-    without an orientation are mixed, and for ``headers`` where there is none.
-    """
-    geometries = [read_geometry(file) for file in files]
-    ends = [apply_affine(g.affine, corners(g.shape)) for g in geometries]
-    boxes = [np.stack([points.min(axis=0), points.max(axis=0)]) for points in ends]
-    first = np.unique(np.linspace(0, max(len(files) - 2, 0), COUPLES).round().astype(int))[: len(files) - 1]
-    couples = ([read_normalised(file, Intensity(nan="background")) for file in files[n : n + 2]] for n in first)
-    return decide_start(geometries, boxes, np.median([g.centre for g in geometries], axis=0), target, wanted, couples)
-
-
 def decide_start(
     geometries: Sequence[Geometry],
     boxes: Sequence[np.ndarray],
@@ -75,9 +55,11 @@ def decide_start(
     wanted: str | None,
     couples: Iterable[Sequence[Loaded]],
 ) -> Start:
-    """Headers or centres, for scans whose content lies in ``boxes``, each (lowest, highest) world RAS mm, (2, 3).
+    """Headers or centres, for two scans or a cohort. InputError for "headers" where they state no orientation or overlap.
 
+    boxes      where the content of each scan lies: (lowest, highest) world RAS mm, (2, 3)
     centre_mm  (3,) the point that headers would bring to the centre of the grid, but for ``to_whole_voxels`` of the first scan
+    wanted     "headers", "centre" or None
     couples    pairs of the scans to compare; nothing is taken from it where headers and boxes decide
     """
     if wanted not in ("headers", "centre", None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from gridreg.explorer.widgets import Source
 from gridreg.scans.intensity import Intensity
 from gridreg.scans.pair import Pair, as_pair, prepare_pair, read_pair
 from gridreg.scans.prepare import Target, prepare_scan
-from gridreg.scans.start import Start, choose_start
+from gridreg.scans.start import Start
 from study import ROOT
 from study.cohorts.dataset import Preprocessed, load_index
 from study.cohorts.learn2reg import Cohort, limit, read_cohort
+from study.cohorts.preprocess import choose_start
 from study.cohorts.truth import carried_truth, correspondence
 
 
@@ -37,21 +39,23 @@ def demo_pair(values: dict[str, Any], dataset: str, number: int = 0, split: str 
     if not 0 <= number < len(pairs):
         raise InputError(f"dataset '{dataset}': found the {split} pair {number}, expected 0 to {len(pairs) - 1}.")
     scans = fixed, moving = tuple(cohort.subjects[name] for name in pairs[number])
-    labels, intensity = settings.get("labels"), _intensity(settings)
+    labels, intensity, title = settings.get("labels"), _intensity(settings), f"{fixed.id} ← {moving.id}"
     if settings.get("affine_reference") is None:
         target = Target(tuple(settings["shape"]), float(settings["spacing_mm"]))
-        start = _start(cohort, target, settings.get("start"))
-        prepared = tuple(prepare_scan(scan, target, labels, None, start.centre_mm, intensity) for scan in scans)
-        notes = ()  # on the whole cohort, not on this pair
+        start = _start(cohort, target, settings.get("start"))  # its notes are on the whole cohort, not on this pair
+        prepared = [prepare_scan(scan, target, labels, None, start.centre_mm, intensity) for scan in scans]
+        pair = as_pair(title, scans, target, prepared)
     else:
-        target, prepared, notes = prepare_pair(scans, **_grid(settings), labels=labels, intensity=intensity)
+        pair = prepare_pair(title, scans, **_grid(settings), labels=labels, intensity=intensity)
     truth = None
     if (not cohort.template_per_patient or fixed.patient == moving.patient) and fixed.truth and moving.truth:
-        to_voxels = np.linalg.inv(target.affine[:3, :3])
-        fields = [carried_truth(scan.truth, target, p.to_source) for scan, p in zip(scans, prepared)]
+        to_voxels = np.linalg.inv(pair.affine[:3, :3])
+        fields = [
+            carried_truth(scan.truth, pair.affine, to_source, pair.shape)
+            for scan, to_source in zip(scans, pair.to_source)
+        ]
         truth = correspondence(*(np.einsum("ab,bijk->aijk", to_voxels, field).astype(np.float32) for field in fields))
-    return as_pair(f"{fixed.id} ← {moving.id}", scans, target, prepared, notes, label_names=cohort.label_names, truth=truth,
-                   simulated=cohort.simulated)  # fmt: skip
+    return replace(pair, label_names=cohort.label_names, truth=truth, simulated=cohort.simulated)
 
 
 def own_pair(

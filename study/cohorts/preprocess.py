@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,16 +18,18 @@ from tqdm import tqdm
 
 from gridreg.errors import InputError
 from gridreg.scans.align import Reference, read_reference
-from gridreg.scans.intensity import Intensity
-from gridreg.scans.landmarks import write_landmarks
+from gridreg.scans.files import renamed
+from gridreg.scans.geometry import apply_affine, corners
+from gridreg.scans.intensity import Intensity, read_normalised
 from gridreg.scans.prepare import Target, fresh_processes, prepare_scan
-from gridreg.scans.start import Start, choose_start
-from gridreg.scans.volumes import SMALLEST, write_field_mm, write_volume
+from gridreg.scans.start import Start, decide_start
+from gridreg.scans.volumes import SMALLEST, read_geometry, write_field_mm, write_volume
 from study.cohorts.learn2reg import Cohort, limit, read_cohort
 from study.cohorts.splits import Subject
 from study.cohorts.truth import carried_truth
 from study.locks import whole_folder
 
+COUPLES = 5  # scans of a cohort that are looked at two by two
 FILES = {  # what a record of the index promises → folder and ending
     "image": ("images", ".nii.gz"),
     "label": ("labels", ".nii.gz"),
@@ -109,6 +113,22 @@ def preprocess_dataset(
     return index
 
 
+def choose_start(files: Sequence[Path | str], target: Target, wanted: str | None = None) -> Start:
+    """The start of a whole cohort, from the headers of its images and, where it must be decided, a few of the images.
+
+    wanted  "headers", "centre" or None
+
+    With headers, the median of the scans' centres comes to the centre of the grid. InputError where scans with and
+    without an orientation are mixed, and for ``headers`` where there is none.
+    """
+    geometries = [read_geometry(file) for file in files]
+    ends = [apply_affine(g.affine, corners(g.shape)) for g in geometries]
+    boxes = [np.stack([points.min(axis=0), points.max(axis=0)]) for points in ends]
+    first = np.unique(np.linspace(0, max(len(files) - 2, 0), COUPLES).round().astype(int))[: len(files) - 1]
+    couples = ([read_normalised(file, Intensity(nan="background")) for file in files[n : n + 2]] for n in first)
+    return decide_start(geometries, boxes, np.median([g.centre for g in geometries], axis=0), target, wanted, couples)
+
+
 def preprocess_subject(
     subject: Subject,
     out: Path,
@@ -134,11 +154,19 @@ def preprocess_subject(
     if scan.landmarks is not None:
         write_landmarks(out / "landmarks" / f"{subject.id}.csv", scan.landmarks)
     if with_truth:
-        truth = carried_truth(subject.truth, target, scan.to_source)
+        truth = carried_truth(subject.truth, target.affine, scan.to_source, target.shape)
         write_field_mm(out / "truth" / f"{subject.id}.nii.gz", truth, target.affine)
     if scan.notes:
         record["notes"] = list(scan.notes)
     return record
+
+
+def write_landmarks(path: Path | str, points: dict[str, np.ndarray]) -> None:
+    """Write {name: voxel position} as ``name,x_voxel,y_voxel,z_voxel``."""
+    with renamed(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["name", "x_voxel", "y_voxel", "z_voxel"])
+        table.writerows([name, *(f"{v:.4f}" for v in point)] for name, point in points.items())
 
 
 def _run(job: partial, subjects: list[Subject], processes: int, title: str | None) -> dict[str, dict]:

@@ -13,7 +13,6 @@ from scipy.ndimage import map_coordinates
 
 from gridreg.errors import InputError
 from gridreg.scans.geometry import apply_affine
-from gridreg.scans.prepare import Target
 from gridreg.scans.volumes import read_displacement, read_field_mm
 
 ITERATIONS = 12
@@ -21,9 +20,9 @@ CONVERGED = 1e-3  # voxels of the residual at which a voxel is no longer iterate
 ACCEPTED = 1e-2  # voxels
 
 
-def carried_truth(file: Path, target: Target, to_source: np.ndarray) -> np.ndarray:
-    """The true displacement of a subject to its template on the target grid: (3, W, H, D), world RAS mm (``resample_field``)."""
-    return resample_field(*read_field_mm(file), target.affine, to_source, target.shape)
+def carried_truth(file: Path, affine: np.ndarray, to_source: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """The true displacement of a subject to its template on a grid: (3, W, H, D), world RAS mm; see ``resample_field``."""
+    return resample_field(*read_field_mm(file), affine, to_source, shape)
 
 
 def pair_truth(index_dir: Path | str, fixed_id: str, moving_id: str) -> tuple[np.ndarray, np.ndarray]:

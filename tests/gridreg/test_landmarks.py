@@ -11,8 +11,9 @@ from small_scans import OBLIQUE, body, upright, write_scan
 
 from gridreg.errors import InputError
 from gridreg.scans.geometry import apply_affine
-from gridreg.scans.landmarks import read_landmarks, read_points, write_landmarks
+from gridreg.scans.landmarks import read_landmarks, read_points
 from gridreg.scans.volumes import read_image
+from study.cohorts.preprocess import write_landmarks
 
 SHAPE = (9, 11, 7)
 POINTS = {"verumontanum": (3.5, -12.0, 8.0), "left cyst": (-9.0, 4.5, -2.0)}

@@ -14,8 +14,9 @@ from gridreg.scans.geometry import apply_affine
 from gridreg.scans.intensity import Intensity
 from gridreg.scans.pair import read_pair
 from gridreg.scans.prepare import Scan, Target, prepare_scan
-from gridreg.scans.start import choose_start, mutual_information
+from gridreg.scans.start import mutual_information
 from gridreg.scans.volumes import read_field_mm
+from study.cohorts.preprocess import choose_start
 
 LARGE = body((60, 66, 45), seed=1)
 AT = upright((2, 2, 2), (-60, -66, -45))

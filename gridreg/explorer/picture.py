@@ -19,7 +19,7 @@ from PIL import Image
 
 from gridreg.explorer.registered import Registered, draw_sample
 from gridreg.explorer.slices import VIEWS, central_voxel, grid_lines, show_slice, slice_of
-from gridreg.explorer.style import COLOURS, FIXED_COLOUR, IMAGE, MAGNITUDE, SIGNED, styled
+from gridreg.explorer.style import FIXED_COLOUR, GRID_COLOUR, IMAGE, MAGNITUDE, SIGNED, styled
 
 COMPARISONS = ("warped", "checkerboard", "flicker", "difference", "sample")
 VECTORS = ("none", "arrows", "deformed grid")
@@ -225,5 +225,5 @@ class View:
             panel["vectors"] = panel["ax"].quiver(x, y, dx, dy, angles="xy", scale_units="xy", scale=1, color=FIXED_COLOUR,
                                                   width=0.008, zorder=3)  # fmt: skip
         if look.vectors == "deformed grid" and column == 1:
-            lines = LineCollection(grid_lines(u, view, index), colors=COLOURS["keymorph"], linewidths=0.7, zorder=3)
+            lines = LineCollection(grid_lines(u, view, index), colors=GRID_COLOUR, linewidths=0.7, zorder=3)
             panel["vectors"] = panel["ax"].add_collection(lines, autolim=False)

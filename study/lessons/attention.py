@@ -22,7 +22,6 @@ from torch import Tensor
 from gridreg.attention import HEADS, token_positions, tokens_a_spacing
 from gridreg.errors import InputError
 from gridreg.explorer.slices import show_slice
-from gridreg.explorer.style import COLOURS, MAGNITUDE, styled
 from gridreg.metrics import tre_mm
 from gridreg.network import GridReg, resize
 from gridreg.scans.pair import Pair
@@ -31,6 +30,7 @@ from gridreg.upsampling import upsample
 from study.benchmark.cost import count, timed
 from study.cohorts.pairs import demo_pair
 from study.methods.table import parameter_count
+from study.style import COLOURS, MAGNITUDE, styled
 
 REPEATS = 3  # of a timing, of which the least counts
 

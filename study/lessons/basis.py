@@ -18,9 +18,9 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from numpy import ndarray
 
 from gridreg.explorer.slices import lines_through
-from gridreg.explorer.style import COLOURS, MAGNITUDE, NEUTRAL, SIGNED, styled
 from gridreg.metrics import folding_percent, jacobian_determinant, nondiffeomorphic_percent
 from gridreg.upsampling import METHODS, basis, bounded, displacement_bound, upsample
+from study.style import COLOURS, MAGNITUDE, NEUTRAL, SIGNED, styled
 
 NAMES = {"trilinear": "linear", "bspline": "cubic B-spline", "deconv": "Gaussian (deconv)"}
 SHAPE = (41, 41, 41)  # voxels, in two dimensions 41×41×3

@@ -27,8 +27,8 @@ from scipy.linalg import eigh
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from gridreg.explorer.slices import lines_through
-from gridreg.explorer.style import COLOURS, IMAGE, MAGNITUDE, NEUTRAL, styled
 from gridreg.upsampling import basis
+from study.style import COLOURS, IMAGE, MAGNITUDE, NEUTRAL, styled
 
 SIZE = 40  # voxels along each axis of the fixed image
 SMOOTH, ROUGH = 1.3, 0.5  # voxels of the smooth motion at wavelengths of 45 to 90 and of 16 to 30 voxels

@@ -15,7 +15,7 @@ from IPython.display import Image, display
 from matplotlib.figure import Figure
 
 from gridreg.explorer.keys import WidgetKeys
-from gridreg.explorer.style import styled
+from study.style import styled
 
 INCH = 100  # pixels on the screen; the PNG has a quarter more, for sharper text
 SHARPER = 1.25

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from gridreg.explorer.style import NEUTRAL, colour, styled
 from study.reporting.figures.style import PAGE, letter_panels, save_figure
 from study.reporting.results import grid_label, in_order, run_label
+from study.style import NEUTRAL, colour, styled
 
 FLOOR = "floor"
 REFERENCE = "gridreg-10"  # what the others are divided by; the first GridReg where there is none

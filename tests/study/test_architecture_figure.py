@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from gridreg.explorer import style
 from gridreg.network import GridReg
+from study import style
 from study.reporting.figures.architecture import architecture_figure, sizes
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph or a failed layout is a warning of matplotlib

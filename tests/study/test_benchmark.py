@@ -19,9 +19,9 @@ from torch import nn
 
 from gridreg import network
 from gridreg.errors import InputError
-from gridreg.explorer import style
 from gridreg.network import GridReg, Registration
 from gridreg.spatial import warp
+from study import style
 from study.benchmark import cost
 from study.benchmark import measure as benchmark
 from study.benchmark.published import read_benchmark

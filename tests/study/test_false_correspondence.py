@@ -12,7 +12,7 @@ import pytest
 from scipy.ndimage import map_coordinates
 
 from gridreg.errors import InputError
-from gridreg.explorer import style
+from study import style
 from study.evaluation import false_correspondence as experiment
 from study.reporting.figures.false_correspondence import figure1, finding
 

@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from gridreg.errors import InputError
-from gridreg.explorer import style
 from gridreg.explorer.slices import VIEWS, central_voxel, show_slice, slice_of
 from gridreg.scans.pair import Pair
+from study import style
 from study.evaluation.evaluate import save_pictures
 from study.reporting.figures import grid_sizes, landmarks, training
 from study.reporting.figures import registrations as panels

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from gridreg.errors import InputError
-from gridreg.explorer import style
 from gridreg.network import GridReg
 from gridreg.scans.pair import Pair
 from gridreg.upsampling import upsample
+from study import style
 from study.evaluation import uncertainty
 from study.evaluation.uncertainty import (
     COLUMNS,

@@ -21,12 +21,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from gridreg.errors import InputError
-from gridreg.explorer.style import OTHERS, colour, styled
 from study.evaluation.statistics import interval
 from study.reporting.figures.grid_sizes import SEPARATE, grid_comparison, grid_order
 from study.reporting.figures.style import PAGE, letter_panels, origin, save_figure
 from study.reporting.paper_numbers import PAPER_DATASETS
 from study.reporting.results import REFERENCE, dataset_label, grid_label, in_order
+from study.style import OTHERS, colour, styled
 
 ORACLE_COLOUR = OTHERS[1]
 _KEYS = ["dataset", "fixed", "moving", "grid"]

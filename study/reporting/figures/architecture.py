@@ -14,11 +14,11 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
 
 from gridreg.attention import CHANNELS
-from gridreg.explorer.style import styled
 from gridreg.network import GridReg
 from gridreg.spatial import Shape
 from study.reporting.figures.style import PAGE, save_figure
 from study.reporting.results import grid_label
+from study.style import styled
 
 IMAGE, ENCODER, PROJECTION, DECODER, FIELD = "#D9D9D9", "#C6DBEF", "#FEE6CE", "#C7E9C0", "#DADAEB"
 

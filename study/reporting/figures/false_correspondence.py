@@ -14,8 +14,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from gridreg.errors import InputError
-from gridreg.explorer.style import FIXED_COLOUR, MAGNITUDE, OTHERS, styled
 from study.reporting.figures.style import PAGE, SMALL, letter, origin, save_figure
+from study.style import FIXED_COLOUR, MAGNITUDE, OTHERS, styled
 
 MARKERS = "o^s"
 LINE_OFFSET = 0.22  # distance of the lines of two bending weights, in steps of the grid axis: keeps their bars apart

@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from gridreg.errors import InputError
-from gridreg.explorer.style import NEUTRAL, OTHERS, colour, styled
 from study.evaluation.statistics import interval, matched, two_sided
 from study.reporting.figures.style import PAGE, SMALL, letter_panels, origin, save_figure
 from study.reporting.paper_numbers import FIGURE8_TEXT, PAPER_DATASETS
 from study.reporting.results import METRICS, REFERENCE, dataset_label, grid_label, in_order, without_accuracy
+from study.style import NEUTRAL, OTHERS, colour, styled
 
 SEPARATE = "separate"
 PAPERS_BENDING_WEIGHT, PAPERS_VOXEL_MM = 2e5, {"prostate": 0.7}  # voxels of its other datasets: 1 mm

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from gridreg.errors import InputError
 from gridreg.explorer.slices import VIEWS, show_slice
-from gridreg.explorer.style import FIXED_COLOUR, WARPED_COLOUR, styled
 from study.reporting.figures.slices import ALL_LETTERS, show_contour
 from study.reporting.figures.style import PAGE, SMALL, letter, missing_figure, origin, save_figure
+from study.style import FIXED_COLOUR, WARPED_COLOUR, styled
 
 
 def landmark_figure(

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 
 from gridreg.errors import InputError
 from gridreg.explorer.slices import VIEWS, central_voxel, show_slice
-from gridreg.explorer.style import FIXED_COLOUR, WARPED_COLOUR, styled
 from gridreg.scans.volumes import read_displacement
 from study.cohorts.dataset import Preprocessed
 from study.reporting.figures.slices import ALL_LETTERS, AXIAL_LETTERS, show_contour, show_deformed_grid
 from study.reporting.figures.style import PAGE, SMALL, letter, origin, save_figure
 from study.reporting.results import METRICS, REFERENCE, in_order, run_label
+from study.style import FIXED_COLOUR, WARPED_COLOUR, styled
 
 GRIDREG = "gridreg"  # the method of which one run is pictured
 SCORES = ("dice", "tre_mm", "landmark_mm")

@@ -7,7 +7,7 @@ import matplotlib as mpl
 from gridreg.calibration import LEVELS, coverage, scale, spread_bins
 from gridreg.explorer.picture import DPI, NotebookFigure
 from gridreg.explorer.registered import Registered
-from gridreg.explorer.style import COLOURS, styled
+from study.style import COLOURS, styled
 
 
 def error_figure(registered: Registered) -> NotebookFigure | None:

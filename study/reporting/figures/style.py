@@ -1,6 +1,6 @@
 """How a figure reaches the disk: no wider than a printed page, panels lettered, the caption beside it as text.
 
-Colours and type are those of ``gridreg.explorer.style``. A caption is not drawn: ``<path>.txt`` holds it, and the report
+Colours and type are those of ``study.style``. A caption is not drawn: ``<path>.txt`` holds it, and the report
 shows it under the figure. Its first sentence is a title.
 """
 
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gridreg.explorer.style import styled
+from study.style import styled
 
 PAGE = 7.1  # inches: the widest figure, so that 8-point type is 8-point type in print
 SMALL = 7  # points: the smallest type for words and numbers

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gridreg.errors import InputError
-from gridreg.explorer.style import colour, styled
 from study.reporting.figures.style import PAGE, letter_panels, origin, save_figure
 from study.reporting.results import dataset_label, in_order, run_label
+from study.style import colour, styled
 
 PER_ROW = 5  # runs side by side
 

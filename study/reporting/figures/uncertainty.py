@@ -16,11 +16,11 @@ from scipy.ndimage import distance_transform_edt
 from gridreg import calibration
 from gridreg.errors import InputError
 from gridreg.explorer.slices import VIEWS, central_voxel, show_slice
-from gridreg.explorer.style import FIXED_COLOUR, MAGNITUDE, NEUTRAL, OTHERS, WARPED_COLOUR, styled
 from study.reporting.figures.slices import AXIAL_LETTERS, show_contour
 from study.reporting.figures.style import PAGE, SMALL, letter, letter_panels, origin, save_figure
 from study.reporting.paper_numbers import PAPER_DATASETS
 from study.reporting.results import dataset_label, in_order
+from study.style import FIXED_COLOUR, MAGNITUDE, NEUTRAL, OTHERS, WARPED_COLOUR, styled
 
 TOP_PERCENTILE, NEAR_MM = 99.5, 15.0  # colours end at this percentile, in the mask and so many mm around it
 LEVELS = np.linspace(0.01, 0.99, 99)

@@ -8,20 +8,22 @@ In reading order:
     losses          what training minimises
     metrics         what evaluation measures
     refinement      control points optimised for one pair
-    gauss_newton    the same by normal equations
-    laplace         how far they may be off: the posterior of a registered pair
+    gauss_newton    the same optimum, reached by Gauss-Newton steps
+    laplace         the uncertainty of a registered pair: a Gaussian posterior
+    unfolding       folds of a displacement field, found and smoothed out
+    calibration     whether an uncertainty agrees with known errors
     checkpoint      weights on disk
     scans           NIfTI files in and out, and the pair that everything else takes
     explorer        the interactive views
 
-Names load when they are used, so that what needs no network does not wait for PyTorch.
+Names are imported when they are first used, so that code without a network does not wait for PyTorch.
 """
 
 import os
 from importlib import import_module
 
-# Read when PyTorch loads OpenMP: a thread that waits spins for some microseconds, then sleeps. By default it spins on,
-# and as soon as anything else wants the core, a training step takes twenty times as long.
+# OpenMP reads this variable when PyTorch loads it. A waiting thread then spins for some microseconds and goes to sleep.
+# By default it keeps spinning, and a training step takes twenty times as long as soon as another process uses the core.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 _HOMES = {

@@ -22,20 +22,20 @@ from gridreg.scans.files import renamed
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name, renamed to ``path`` on success. InputError, which names ``path``, where it cannot be written."""
+    """A temporary file, renamed to ``path`` on success. InputError that names ``path`` where it cannot be written."""
     try:
         with renamed(path) as temporary:
             yield temporary
             with open(temporary, "rb") as file:
-                os.fsync(file.fileno())  # some file systems say only now that the disk is full
+                os.fsync(file.fileno())  # some file systems report a full disk only here
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path}: cannot be written ({reason(error)}); expected room and the right to write"
+            f"{path}: cannot be written ({reason(error)}); expected enough space and permission to write"
         ) from error
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file whole or not at all. InputError where it cannot be written."""
+    """Write a text file, whole or not at all. InputError where it cannot be written."""
     with _whole(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -51,7 +51,7 @@ def write_tensors(path: Path | str, tensors: dict[str, Tensor], note: dict[str, 
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the note of a file of ``write_tensors``. InputError where it cannot be read."""
+    """The tensors and the note of a file that ``write_tensors`` wrote. InputError where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["note"])
@@ -60,7 +60,10 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_model(folder: Path | str, network: nn.Module, config: dict[str, Any]) -> None:
-    """Write ``model.safetensors`` and ``model.json`` (how to build the network, how it was trained)."""
+    """Write ``model.safetensors`` (the weights) and ``model.json`` (how the network is built and was trained).
+
+    InputError where a file cannot be written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", network.state_dict(), {"run": config["run"]})
@@ -72,7 +75,7 @@ NETWORK = ("base_channels", "num_layers", "bayesian", "upsampling", "projector",
 
 
 def build(run: dict[str, Any]) -> GridReg:
-    """The network that a run's settings describe; what belongs to its training is passed over. InputError on another method."""
+    """The network that a run's settings describe; settings of its training are ignored. InputError on another method."""
     if run["method"] != "gridreg":
         raise InputError(f"method is {run['method']!r}; expected gridreg")
     return GridReg(**{name: run[name] for name in NETWORK if name in run})
@@ -81,9 +84,9 @@ def build(run: dict[str, Any]) -> GridReg:
 def load_model(
     folder: Path | str, build: Callable[[dict[str, Any]], nn.Module] = build
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a folder of ``save_model``, in evaluation mode, and its configuration.
+    """The network that ``save_model`` wrote into a folder, in evaluation mode, and its configuration.
 
-    InputError where a file is missing or unreadable, or the weights are not those of the configuration.
+    InputError where a file is missing or unreadable, or where the weights do not belong to the configuration.
     """
     file = Path(folder) / "model.json"
     try:
@@ -111,7 +114,7 @@ def load_model(
 
 
 def content_hash(*values: Any, files: list[Path] = ()) -> str:
-    """A hash of JSON-able values, the contents of files and PyTorch's version: the name of a scratch folder."""
+    """A hash of JSON-able values, of the contents of files and of PyTorch's version; it names a scratch folder."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     digest.update(torch.__version__.encode())
     for path in files:

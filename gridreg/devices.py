@@ -1,7 +1,9 @@
-"""Where the work is done: devices, precision and memory, all from the environment, never from params.yaml.
+"""The device that computes. It is chosen by environment variables, never by params.yaml.
 
-GRIDREG_ACCELERATOR (cpu, cuda), GRIDREG_DEVICES and GRIDREG_NODES (numbers), GRIDREG_PRECISION (32-true, bf16-mixed, …);
-GRIDREG_WORKERS, processes that preprocess.
+GRIDREG_ACCELERATOR             cpu or cuda; by default a GPU if there is one
+GRIDREG_DEVICES, GRIDREG_NODES  numbers of devices and nodes for a training
+GRIDREG_PRECISION               precision of a training: 32-true, bf16-mixed, …
+GRIDREG_WORKERS                 number of processes that preprocess scans
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from gridreg.errors import InputError
 
 
 def device() -> torch.device:
-    """The device named in GRIDREG_ACCELERATOR, else a GPU where there is one. InputError on another name."""
+    """The device named in GRIDREG_ACCELERATOR, else a GPU if there is one, else the CPU. InputError on another name."""
     name = os.environ.get("GRIDREG_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
         raise InputError(f"GRIDREG_ACCELERATOR is {name!r}, expected cpu or cuda")

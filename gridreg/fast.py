@@ -1,12 +1,13 @@
-"""The paths that are written for speed; each stands beside the plain function that it must equal.
+"""Code paths that are written for speed. Each must equal a plain function elsewhere.
 
-    warp        for ``spatial.warp``, one ``grid_sample`` of volumes: reads planes, for which PyTorch has vector instructions
-    slices      for one volume in ``spatial.sample``: a batch of slices, which PyTorch shares out among threads
-    attention   for ``attention.CrossAttention.by_equation`` over ``attention.neighbourhoods``: projects the queries in
-                place of the tokens, and lets neighbouring control points share a window
+    warp        equals ``spatial.warp``; it samples planes, for which PyTorch has vector instructions, instead of a volume
+    slices      equals ``spatial.sample`` of one volume; it samples a batch of slices, which PyTorch shares out among
+                threads
+    attention   equals ``attention.CrossAttention.by_equation`` over ``attention.neighbourhoods``; it projects the queries
+                instead of the tokens, and neighbouring control points share a window
 
 The network uses the fast paths; ``with without("warp"): …`` runs the plain ones. The tests show that both agree, and
-``python -m study.benchmark.fast_paths`` measures what each gains. This module imports nothing from the package.
+``python -m study.benchmark.fast_paths`` measures what each path gains. This module imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from torch import Tensor
 PATHS = ("warp", "slices", "attention")
 _switched_off: set[str] = set()
 
-SLAB_VOXELS = 2**17  # warped at once, so that the intermediate results stay in a cache
-BELOW_LAST_PLANE = 1e-9  # voxels; a point on the last plane moves by this much, so that it lies between two planes
-WINDOW_NUMBERS = 2**21  # gathered in windows at once, so that they stay in a cache
-POINTS_A_WINDOW = 5  # more of them mask out more tokens; fewer copy more tokens
+SLAB_VOXELS = 2**17  # warped at once, so that intermediate results stay in the cache
+BELOW_LAST_PLANE = 1e-9  # voxels by which a point on the last plane is moved, so that it lies between two planes
+WINDOW_NUMBERS = 2**21  # gathered in windows at once, so that they stay in the cache
+POINTS_A_WINDOW = 5  # with more points more tokens are masked out, with fewer more tokens are copied
 
 
 def used(path: str) -> bool:
@@ -51,13 +52,13 @@ def without(*paths: str) -> Iterator[None]:
 
 
 def can_warp(moving: Tensor, displacement: Tensor) -> bool:
-    """On a CPU, without gradients, for images of at least two voxels along the first two axes."""
+    """Whether ``warp`` applies: on a CPU, without gradients, to images of at least two voxels along the first two axes."""
     learns = torch.is_grad_enabled() and (moving.requires_grad or displacement.requires_grad)
     return used("warp") and moving.device.type == "cpu" and not learns and min(moving.shape[2:4]) > 1
 
 
 def warp(moving: Tensor, displacement: Tensor) -> Tensor:
-    """``spatial.warp`` by linear interpolation: moving (B, C, W', H', D'), displacement (B, 3, W, H, D) → (B, C, W, H, D)."""
+    """``spatial.warp`` with mode "linear": moving (B, C, W', H', D'), displacement (B, 3, W, H, D) → (B, C, W, H, D)."""
     warped = moving.new_empty(*moving.shape[:2], *displacement.shape[2:])
     for case in zip(moving, displacement, warped):
         _warp_by_planes(*case)
@@ -65,13 +66,13 @@ def warp(moving: Tensor, displacement: Tensor) -> Tensor:
 
 
 def _warp_by_planes(moving: Tensor, displacement: Tensor, warped: Tensor) -> None:
-    """One (C, W', H', D') volume by a (3, W, H, D) displacement into (C, W, H, D).
+    """Warp one volume (C, W', H', D') by a displacement (3, W, H, D) into ``warped`` (C, W, H, D).
 
-    PyTorch samples images with vector instructions, but not volumes. The planes of the volume are therefore stacked into
-    one tall image, which is sampled twice: in the plane below each point and in the plane above it.
+    PyTorch samples 2-D images with vector instructions, but not volumes. The planes of the volume are therefore stacked
+    into one tall image. It is sampled twice: in the plane below each point and in the plane above it.
     """
     (width, height, depth), shape = moving.shape[1:], displacement.shape[1:]
-    rows = (width - 1) * height  # of the tall image; the one for the planes above starts ``height`` rows later
+    rows = (width - 1) * height  # of the tall image; the image of the planes above starts ``height`` rows later
     row = 2 / (rows - 1)
     volume = moving.double().contiguous()
     x, y, z = (torch.linspace(0, n - 1, m, dtype=torch.float64) for n, m in zip(moving.shape[1:], shape))
@@ -92,17 +93,17 @@ def _warp_by_planes(moving: Tensor, displacement: Tensor, warped: Tensor) -> Non
 
 
 def can_sample_by_slice(volume: Tensor) -> bool:
-    """For one volume on a CPU that needs no gradient."""
+    """Whether ``as_slices`` applies: to one volume on a CPU that needs no gradient."""
     return used("slices") and volume.shape[0] == 1 and volume.device.type == "cpu" and not volume.requires_grad
 
 
 def as_slices(volume: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-    """One volume and its coordinates as a batch of slices: PyTorch gives threads the cases of a batch, not one volume."""
+    """One volume and its coordinates as a batch of slices: PyTorch shares out a batch among threads, but not one volume."""
     return volume.expand(coordinates.shape[1], -1, -1, -1, -1), coordinates[0, :, None]
 
 
 def from_slices(values: Tensor) -> Tensor:
-    """Values (w, C, 1, h, d) of slices as those of one volume (1, C, w, h, d)."""
+    """Values (w, C, 1, h, d) of slices, put together to one volume (1, C, w, h, d)."""
     return values.permute(2, 1, 0, 3, 4).contiguous()
 
 
@@ -112,7 +113,7 @@ def from_slices(values: Tensor) -> Tensor:
 def attend(queries: Tensor, tokens: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """``CrossAttention.by_equation`` without its last projection: Q Kᵀ as (Q W_K) Ŷᵀ, and A V as (A Ŷ) W_V.
 
-    The numbers are the same, but no token is projected, and there are far more tokens than queries.
+    The result is the same, but no token is projected. This is cheaper, as there are far more tokens than queries.
 
     queries     (G, heads, d), already divided by √d
     tokens      (B, windows, N, C)
@@ -131,21 +132,21 @@ def attend(queries: Tensor, tokens: Tensor, key: Tensor, value: Tensor, mask: Te
 
 
 def points_a_window(g: int) -> int:
-    """How many of g control points share a window along an axis: about ``POINTS_A_WINDOW``, and all windows alike."""
+    """How many of g control points share a window along an axis: the divisor above 1 nearest to ``POINTS_A_WINDOW``."""
     return min((q for q in range(2, g + 1) if g % q == 0), key=lambda q: abs(q - POINTS_A_WINDOW))
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is cached must serve a training too
+@torch.inference_mode(False)  # a cached tensor must also be usable in training
 def window_mask(q: int, p: int, columns: int, heads: int, device: torch.device) -> Tensor:
-    """(q · heads, columns · p · (q + 1)): 0 where one of q control points in a row sees a token, else -inf."""
+    """(q · heads, columns · p · (q + 1)): 0 where one of q neighbouring control points sees a token, else -inf."""
     after = torch.arange(p * (q + 1)) - p * torch.arange(q)[:, None]
     seen = ((after >= 0) & (after < 2 * p)).repeat_interleave(heads, 0).repeat(1, columns)
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).to(device)
 
 
 def by_window(rows: Tensor, g: int) -> Tensor:
-    """Rows (p · (g + 1), n) of the last axis' token basis, window by window: (g / q · p · (q + 1), n)."""
+    """Rows (p · (g + 1), n) of the last axis's token basis, gathered window by window: (g / q · p · (q + 1), n)."""
     p, q = len(rows) // (g + 1), points_a_window(g)
     return rows.unfold(0, p * (q + 1), p * q).transpose(1, 2).reshape(-1, rows.shape[1])
 
@@ -153,7 +154,7 @@ def by_window(rows: Tensor, g: int) -> Tensor:
 class _Columns(torch.autograd.Function):
     """Tokens (B, px · (a + 1), py · (b + 1), c, n, C) → (B, a · b · c, 2px · 2py · n, C): those around a × b points.
 
-    The gradient of ``unfold`` takes ten times as long as these four sums.
+    PyTorch's gradient of ``unfold`` takes ten times as long as the four sums in ``backward``.
     """
 
     @staticmethod
@@ -178,10 +179,11 @@ class _Columns(torch.autograd.Function):
 
 
 def windows(tokens: Tensor, grid_size: tuple[int, int, int], heads: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The tokens near the control points, some planes of the grid after the other.
+    """The tokens near the control points, for a few planes of the grid at a time.
 
-    tokens (B, px · (gw + 1), py · (gh + 1), gd / q · p · (q + 1), C), along the last axis window by window. Yields which
-    control points, their tokens (B, windows, N, C), and the mask (q · heads, N) of a window of q control points.
+    tokens (B, px · (gw + 1), py · (gh + 1), gd / q · p · (q + 1), C), gathered ``by_window`` along the last axis. Yields
+    a slice of the control points, their tokens (B, windows, N, C), and the mask (q · heads, N) of a window of q control
+    points.
     """
     gw, gh, gd = grid_size
     q = points_a_window(gd)

@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        InputError, match=r"file: cannot be written \(No space left on device\); expected room"
+        InputError, match=r"file: cannot be written \(No space left on device\); expected enough space"
     ) as error:
         write(path, "new")
     assert str(error.value).startswith(f"{path}: ")
@@ -183,7 +183,9 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, monkeypatch, 
 def test_a_folder_that_cannot_be_written_is_one_sentence_that_names_the_file(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for write in (write_text, write_note):
-        with pytest.raises(InputError, match="file/weights: cannot be written .*expected room and the right to write"):
+        with pytest.raises(
+            InputError, match="file/weights: cannot be written .*expected enough space and permission to write"
+        ):
             write(tmp_path / "file" / "weights", "new")
 
 

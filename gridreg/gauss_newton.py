@@ -1,4 +1,4 @@
-"""Control points of one pair by Gauss-Newton: the grid is small enough to be solved for, not only descended upon.
+"""Gauss-Newton optimisation of one pair's control points: the grid is small enough for second-order steps.
 
 With control points c (3 G numbers), a separable basis B (u = B c, three small matrix products) and the warped image
 w(c) = moving∘(x + B c), the loss is that of ``refinement.unsupervised_loss``,
@@ -9,24 +9,26 @@ with S the similarity and cᵀ K c the bending energy (paper, section 3.3). Ever
 
     S(c + δ) ≈ S(c) + Σ_x s(x) j(x)·(B δ)(x) + ½ Σ_x q(x) (j(x)·(B δ)(x))²,        j = (∇moving)(x + B c),
 
-with a slope s = ∂S/∂w and a curvature q ≥ 0 at each voxel, and the step δ solves the normal equations
+with a slope s = ∂S/∂w and a curvature q ≥ 0 at each voxel. The step δ solves the normal equations
 
     (Bᵀ q j jᵀ B + 2 λ K + μ D) δ = -(Bᵀ s j + 2 λ K c),       D the diagonal of Bᵀ q j jᵀ B.
 
-B and K are made of one small matrix an axis. So the matrix on the left is never formed: it is applied to a vector in a
-time linear in voxels, and conjugate gradients, preconditioned by its diagonal, need no more. A line search accepts only
-a smaller E. The damping μ falls after a full step and rises after a shortened one.
+B and K consist of one small matrix per axis, so the matrix on the left is never formed. Applying it to a vector takes a
+time linear in the number of voxels. This is all that conjugate gradients need, preconditioned by the diagonal. A line
+search accepts only a smaller E. The damping μ falls after a full step and rises after a shortened one.
 
 Similarities
     mse     r = fixed - w:  s = -2 r / N,  q = 2 / N.
-    ncc     The squared correlation ρ² of a window is what the best line explains there: 1 - ρ² = min_ab mean (fixed - a w
-            - b)² / var(fixed). That is least squares too, with one line a window. The residuals of all windows that hold a
-            voxel give its s; its q is 2 / N times their mean of ρ² / var(w).
+    ncc     The squared correlation ρ² of a window is the part of the variance that the best line explains there:
+            1 - ρ² = min_ab mean (fixed - a w - b)² / var(fixed). This is a least-squares problem with one line per window.
+            A voxel's s comes from the residuals of all windows that contain it; its q is 2 / N times the mean of
+            ρ² / var(w) over these windows.
 Each counts twice, as in ``losses.similarity_loss``: over all voxels, and over the values at the control points.
 
 Coarse to fine
-    A level smooths the images, takes fewer voxels, and moves a coarser grid: c + P d, with P the fine grid that comes
-    closest to the coarse one, again one small matrix an axis. A level is the same problem with the basis B P.
+    A level smooths the images, takes fewer voxels, and moves a coarser grid d: c + P d. P gives the control points of the
+    fine grid whose field comes closest to that of the coarse grid, again with one small matrix per axis. A level is the
+    same problem with the basis B P.
 """
 
 from __future__ import annotations
@@ -42,23 +44,27 @@ from gridreg import losses
 from gridreg.spatial import Shape, voxel_coordinates, warp
 from gridreg.upsampling import apply_along_axes, basis
 
-SIMILARITIES = ("mse", "ncc")  # those that are sums of squares
-DAMPING = 1e-2  # μ at first
-TOLERANCE = 0.1  # of the normal equations, which hold near c only
+SIMILARITIES = ("mse", "ncc")  # the similarities that are sums of squares
+DAMPING = 1e-2  # μ at the start
+TOLERANCE = 0.1  # relative residual of the normal equations; they hold only near c, so more accuracy gains nothing
 CG_STEPS = 25
 HALVINGS = 5
-SETTLED = 1e-3  # relative fall of the loss below which a level is done
-REACH = 2.0  # voxels of a level (times 1 + smoothing): the farthest that an expansion is trusted
-SMALLEST = (8, 4)  # voxels and control points an axis that a level keeps
+CONVERGED = 1e-3  # relative decrease of the loss below which a level ends
+LONGEST_STEP = 2.0  # voxels of the level, times 1 + smoothing: the expansion does not hold farther away
+LEAST_SIZES = (8, 4)  # voxels and control points per axis that a level keeps
 
-Matrices = list[Tensor]  # one an axis
+Matrices = list[Tensor]  # one per axis
 Slopes = tuple[Tensor, Tensor]  # s and q
 
 
 @dataclass(frozen=True)
 class Level:
-    """At most ``iterations``; images smoothed by a Gaussian of σ ``smoothing`` voxels; every ``shrink``-th voxel and
-    every ``coarsen``-th control point of an axis, so to speak: the lattices of both keep the corners of the image.
+    """One level of the coarse-to-fine scheme.
+
+    iterations  at most so many Gauss-Newton steps
+    smoothing   σ in voxels of the Gaussian that smooths both images
+    shrink      factor by which the number of voxels per axis is divided; the lattice keeps the corners of the image
+    coarsen     the same factor for the number of control points per axis
     """
 
     iterations: int
@@ -68,10 +74,14 @@ class Level:
 
 
 FROM_NETWORK = (Level(4, smoothing=1.0, coarsen=2), Level(4))  # chosen on validation pairs of the simulated cohorts
-FROM_IDENTITY = (Level(6, 2.0, 4, 4), Level(6, 1.0, 2, 2), Level(8))  # and on pairs of real brains, affinely aligned
+FROM_IDENTITY = (
+    Level(6, 2.0, 4, 4),
+    Level(6, 1.0, 2, 2),
+    Level(8),
+)  # chosen on these and on affinely aligned pairs of real brains
 
 
-# ---- similarities: S, and a function that gives slope and curvature at each voxel ----
+# ---- Similarities: each returns S and a function that gives slope and curvature at each voxel ----
 
 
 def _transposed(matrices: Matrices) -> Matrices:
@@ -79,8 +89,11 @@ def _transposed(matrices: Matrices) -> Matrices:
 
 
 def _to_voxels(values: Tensor, lattice: Matrices | None) -> Tensor:
-    """Aᵀ values, A the reading of an image at the control points. Of curvatures it is the sum of each row of Aᵀ q A, a
-    diagonal matrix that is nowhere less than Aᵀ q A: a cautious step."""
+    """Aᵀ values, where A reads an image at the control points.
+
+    For curvatures this is the diagonal matrix of the row sums of Aᵀ q A. It is never smaller than Aᵀ q A, so the step is
+    a cautious one.
+    """
     return values if lattice is None else apply_along_axes(values, _transposed(lattice))
 
 
@@ -106,7 +119,7 @@ def _ncc(fixed: Tensor, warped: Tensor, lattice: Matrices | None) -> tuple[float
         def mean(v: Tensor) -> Tensor:
             return v.mean((2, 3, 4), keepdim=True).expand_as(v)
 
-        lines.append(_Lines(f, w, mean, mean, 1e-12))
+        lines.append(_LineFits(f, w, mean, mean, 1e-12))
 
     def slopes() -> Slopes:
         slope, curvature = (sum(parts) for parts in zip(*(
@@ -117,19 +130,24 @@ def _ncc(fixed: Tensor, warped: Tensor, lattice: Matrices | None) -> tuple[float
     return sum(1 - float(line.explained.mean()) for line in lines), slopes
 
 
-def local_lines(fixed: Tensor, warped: Tensor) -> tuple[_Lines, Tensor]:
-    """The lines of ``losses.ncc_loss``, between standardised images, and the gain that standardised the warped one."""
+def local_lines(fixed: Tensor, warped: Tensor) -> tuple[_LineFits, Tensor]:
+    """The line fits behind ``losses.ncc_loss`` of two (1, 1, W, H, D) images, and the gain that standardises ``warped``."""
     gain = (warped - warped.mean()).square().mean().add(1e-12).rsqrt()
     f, w = losses._standardised(fixed), (warped - warped.mean()) * gain
     windows = [losses._window_means(n, 5, w.device, w.dtype) for n in w.shape[2:]]
     back = _transposed(windows)
-    return _Lines(
+    return _LineFits(
         f, w, lambda v: apply_along_axes(v, windows), lambda v: apply_along_axes(v, back), losses.FLAT_VARIANCE
     ), gain
 
 
-class _Lines:
-    """In every window the line f ≈ a w + b: ``explained`` is its ρ². ``means`` of windows, ``back`` its transpose."""
+class _LineFits:
+    """The least-squares line f ≈ a w + b in the window around every voxel; ``explained`` is its ρ².
+
+    f, w   (1, 1, W, H, D) standardised fixed and warped image
+    means  function that gives the mean of each window; ``back`` is its transpose
+    flat   added to the variances, so that flat windows count little
+    """
 
     def __init__(self, f: Tensor, w: Tensor, means, back, flat: float):
         self.f, self.w, self.back = f, w, back
@@ -140,7 +158,7 @@ class _Lines:
         self.explained = self.covariance.square() / (self.var_f * self.var_w)
 
     def residual(self) -> Tensor:
-        """Of the line of each voxel's own window, in standard deviations of the fixed image there."""
+        """Residual of the line in the window around each voxel, in standard deviations of the fixed image there."""
         a = self.covariance / self.var_w
         return (self.f - self.mean_f - a * (self.w - self.mean_w)) * self.var_f.rsqrt()
 
@@ -152,13 +170,13 @@ class _Lines:
         return -each * (one * self.f - two * self.w - three), each * two
 
 
-# ---- a level ----
+# ---- One level ----
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve a training too
+@torch.inference_mode(False)  # a cached tensor must also be usable in training
 def _image_matrix(n: int, m: int, smoothing: float, device: torch.device) -> Tensor:
-    """(m, n): smooth n voxels of an axis (the border repeats), then read m points from the first to the last."""
+    """(m, n) smooths the n voxels of an axis (the border voxel repeats) and reads m points from the first to the last."""
     rows = torch.eye(n, dtype=torch.float64)
     if smoothing:
         offsets = torch.arange(-int(4 * smoothing + 0.5), int(4 * smoothing + 0.5) + 1)
@@ -171,13 +189,13 @@ def _image_matrix(n: int, m: int, smoothing: float, device: torch.device) -> Ten
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _prolongation(n: int, g: int, coarse: int, method: str, device: torch.device) -> Tensor:
-    """(g, coarse) P: the g control points whose field at n voxels comes closest to that of each coarse one."""
+    """(g, coarse) P: for each coarse control point, the g fine ones whose field at n voxels comes closest to its field."""
     fine, wanted = (basis(n, k, method, dtype=torch.float64) for k in (g, coarse))
     return torch.linalg.lstsq(fine, wanted).solution.to(device, torch.float32)
 
 
 def bending_grams(shape: Shape, grid_size: Shape, upsampling: str, device) -> list[tuple[int, Matrices]]:
-    """K as a sum of Kronecker products: (multiplicity, one (g, g) float64 matrix an axis) of each second derivative."""
+    """K as a sum of Kronecker products: for each second derivative (multiplicity, one (g, g) float64 matrix per axis)."""
     return [
         (times, [losses._gram(n, g, order, upsampling, device) for n, g, order in zip(shape, grid_size, orders)])
         for times, orders in losses._second_derivatives()
@@ -186,11 +204,11 @@ def bending_grams(shape: Shape, grid_size: Shape, upsampling: str, device) -> li
 
 @dataclass
 class Point:
-    """Control points, and the loss E there; the rest is what an expansion starts from."""
+    """Control points, the loss E there, and the quantities from which E is expanded."""
 
     control_points: Tensor  # (1, 3, gw, gh, gd) voxels
     loss: float
-    displacement: Tensor  # (1, 3, w, h, d), voxels of the level
+    displacement: Tensor  # (1, 3, w, h, d) in voxels of the level
     warped: Tensor  # (1, 1, w, h, d)
     slopes: Callable[[], Slopes]
     bending: Tensor  # 2 λ K c
@@ -198,7 +216,7 @@ class Point:
 
 @dataclass
 class NormalEquations:
-    """``apply`` is the matrix on the left, ``diagonal`` its diagonal, ``right`` the right-hand side: minus the gradient."""
+    """``apply`` multiplies by the matrix on the left, whose diagonal is ``diagonal``; ``right`` is minus the gradient."""
 
     j: Tensor  # (1, 3, w, h, d) derivative of the warped image, per voxel of the fixed grid
     curvature: Tensor  # (1, 1, w, h, d) q
@@ -208,9 +226,10 @@ class NormalEquations:
 
 
 class Objective:
-    """E on one level. fixed, moving (1, 1, W, H, D) float32; control points in voxels of that grid.
+    """The loss E on one level.
 
-    at_grid: the similarity counts at the control points too, as in training
+    fixed, moving  (1, 1, W, H, D) float32; control points are in voxels of this grid
+    at_grid        whether the similarity also counts at the control points, as in training
     """
 
     def __init__(
@@ -220,7 +239,7 @@ class Objective:
         shape, device = tuple(fixed.shape[2:]), fixed.device
         voxels, points = (
             tuple(max(min(n, least), round(n / by)) for n in size)
-            for size, by, least in zip((shape, grid_size), (level.shrink, level.coarsen), SMALLEST)
+            for size, by, least in zip((shape, grid_size), (level.shrink, level.coarsen), LEAST_SIZES)
         )
         read = [_image_matrix(n, m, level.smoothing, device) for n, m in zip(shape, voxels)]
         self.fixed, self.moving = (apply_along_axes(image, read) for image in (fixed, moving))
@@ -247,17 +266,20 @@ class Objective:
         return applied * self.weights.to(applied.dtype)
 
     def at(self, control_points: Tensor) -> Point:
+        """E at control points (1, 3, gw, gh, gd) in voxels."""
         displacement = apply_along_axes(control_points, self.basis) * self.scale
         warped = warp(self.moving, displacement)
         dissimilarity, slopes = self.similarity(self.fixed, warped, self.lattice)
-        # in float64: a shift that all control points share cancels, and would leave its rounding behind
+        # in float64: a shift that all control points share cancels, and in float32 its rounding error would remain
         bending = self._bending(control_points.double(), self.grams)
         loss = dissimilarity + float((control_points.double() * bending).sum()) / 2
         return Point(control_points, loss, displacement, warped, slopes, bending.float())
 
     def _derivative(self, displacement: Tensor) -> Tensor:
-        """(1, 3, w, h, d) derivative of the moving image, as ``warp`` reads it, at the points it reads: along an axis it
-        is the difference of the two voxels between which the point lies, and 0 outside the image."""
+        """(1, 3, w, h, d) derivative of the linearly interpolated moving image at x + u(x).
+
+        Along an axis it is the difference of the two voxels between which the point lies, and 0 outside the image.
+        """
         place, parts = voxel_coordinates(displacement.shape[2:], displacement.device), []
         for axis in range(3):
             last = displacement.shape[2 + axis] - 1
@@ -289,7 +311,7 @@ class Objective:
         return NormalEquations(j, curvature, right, diagonal + 1e-6 * diagonal.mean(), apply)
 
 
-# ---- the solver ----
+# ---- Solver ----
 
 
 def conjugate_gradients(
@@ -298,8 +320,8 @@ def conjugate_gradients(
 ) -> Tensor:  # fmt: skip
     """x (B, C, ...) with apply(x) = right, by conjugate gradients preconditioned with the diagonal.
 
-    Ends after ``steps``, or when the residual is below ``tolerance`` times that of x = 0 in every case. Where ``free``
-    is 0, x stays 0.
+    Stops after ``steps``, or when the residual of every case is below ``tolerance`` times that of x = 0. Where ``free`` is
+    0, x stays 0.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -322,12 +344,12 @@ def conjugate_gradients(
 
 
 def _descend(objective: Objective, start: Tensor, level: Level, bound: Tensor | None) -> Point:
-    """Gauss-Newton iterations on one level; the loss falls at each."""
+    """Gauss-Newton iterations on one level; each decreases the loss."""
     point, damping = objective.at(start), DAMPING
-    farthest = REACH * (1 + level.smoothing) / float(objective.scale.min())
+    farthest = LONGEST_STEP * (1 + level.smoothing) / float(objective.scale.min())
     for _ in range(level.iterations):
         normal, free = objective.normal_equations(point, damping), 1.0
-        if bound is not None and not objective.refined:  # what stands at its bound and would leave it stays
+        if bound is not None and not objective.refined:  # a control point at its bound does not move outwards
             free = (point.control_points * normal.right.sign() < bound).float()
         step = conjugate_gradients(normal.apply, normal.right, normal.diagonal, free=free)
         if objective.refined:
@@ -336,12 +358,12 @@ def _descend(objective: Objective, start: Tensor, level: Level, bound: Tensor | 
         for halving in range(HALVINGS):
             there = point.control_points + 0.5**halving * step
             reached = objective.at(there if bound is None else there.clamp(-bound, bound))
-            if reached.loss < point.loss:  # never where it is no number
+            if reached.loss < point.loss:  # false where the loss is NaN
                 break
         else:
             return point
         damping = damping / 3 if halving == 0 else damping * 2
-        settled = point.loss - reached.loss < SETTLED * abs(point.loss)
+        settled = point.loss - reached.loss < CONVERGED * abs(point.loss)
         point = reached
         if settled:
             break
@@ -362,16 +384,19 @@ def solve(
     bound: Tensor | None = None,
     at_grid: bool = True,
 ) -> Tensor:
-    """Control points (1, 3, gw, gh, gd), in voxels, of a loss that is no greater than that of ``start``.
+    """Optimised control points (1, 3, gw, gh, gd) in voxels; their loss is never greater than that of ``start``.
 
-    start           (1, 3, gw, gh, gd) control points in voxels, zeros for a pair that no network has seen
+    start           (1, 3, gw, gh, gd) control points in voxels; zeros where no network has predicted any
     fixed, moving   (1, 1, W, H, D) in [0, 1]
-    similarity      "mse" or "ncc"; ``at_grid``: at the control points too, as in training
-    levels          coarse to fine; the last is the loss itself, so it neither smooths, shrinks nor coarsens
-    steps           most iterations of each level; None: what the levels say
+    bending_weight  λ
+    similarity      "mse" or "ncc"
+    upsampling      "trilinear", "bspline" or "deconv", as for the network
+    levels          coarse to fine; the last one minimises the loss itself, so it neither smooths, shrinks nor coarsens
+    steps           largest number of iterations on each level; None: the levels' own numbers
     bound           (3, gw, gh, gd) largest |control point|, from ``upsampling.displacement_bound``; None: none
+    at_grid         whether the similarity also counts at the control points, as in training
 
-    ValueError on another similarity, or a last level that is not the loss.
+    ValueError on another similarity, or a last level that does not minimise the loss itself.
     """
     if similarity not in SIMILARITIES:
         raise ValueError(f"Gauss-Newton needs similarity {' or '.join(SIMILARITIES)}, found {similarity!r}")
@@ -384,6 +409,6 @@ def solve(
     for level in levels[:-1]:
         control_points = _descend(Objective(*terms, level, at_grid), control_points, level, bound).control_points
     objective, last = Objective(*terms, at_grid=at_grid), levels[-1]
-    if not objective.at(control_points).loss <= objective.at(start).loss:  # the coarse levels led astray
+    if not objective.at(control_points).loss <= objective.at(start).loss:  # the coarse levels ended at a worse place
         control_points = start
     return _descend(objective, control_points, last, bound).control_points

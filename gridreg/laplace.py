@@ -1,21 +1,23 @@
-"""How far a registered pair's displacement may be off: the Laplace approximation at the optimum of its control points.
+"""Uncertainty of a registered pair's displacement: the Laplace approximation at the optimum of its control points.
 
-The loss E(c) of ``gauss_newton``, without its part at the control points (every voxel is one observation), is read as a
-negative log likelihood and a prior: p(c) ∝ exp(-E(c) / τ). Near the optimum that is a Gaussian,
+The loss E(c) of ``gauss_newton`` is taken as a negative log likelihood plus a prior: p(c) ∝ exp(-E(c) / τ). The part of E
+at the control points is left out, because every voxel is one observation. Near the optimum this is a Gaussian,
 
     c ~ N(ĉ, τ H⁻¹),       H = Bᵀ q j jᵀ B + 2 λ K + ridge,       τ = T · 2 s² / N_eff,
 
-with H the matrix of the Gauss-Newton step, s² the mean squared residual, and N_eff the number of residuals that
-are independent. Neighbouring residuals are alike: with correlation ρ_a between neighbours along axis a, N voxels count as
-N / Π (1 + ρ_a) / (1 - ρ_a). The temperature T (1 without knowledge) makes up for what this leaves out;
-``fit_temperature`` finds it on validation pairs. The ridge is the prior ``losses.LARGEST_SIGMA``: no image, no more than this.
+with H the matrix of the Gauss-Newton step, s² the mean squared residual, and N_eff the effective number of independent
+residuals. Neighbouring residuals are correlated: with correlation ρ_a between neighbours along axis a, N voxels count as
+N / Π (1 + ρ_a) / (1 - ρ_a). The temperature T corrects for everything that this model leaves out. It is 1 by default, and
+``fit_temperature`` fits it on validation pairs. The ridge is a prior: without image information σ is
+``losses.LARGEST_SIGMA``.
 
-A displacement is linear in c, so its covariance at and between any points follows. An edge in the image tells of motion
-across it and not along it: there the principal axes of the covariance differ in length.
+A displacement is linear in c, so its covariance at any point and between any two points follows. An edge in the image
+determines motion across the edge but not along it. The principal axes of the covariance differ in length there.
 
-Up to ``EXACT`` unknowns H is formed and factored (Cholesky). Beyond, samples are drawn: with cov(b) = H, x = H⁻¹ b has
-the covariance H⁻¹ (Papandreou & Yuille, "Gaussian sampling by local perturbations", NeurIPS 2010), by the same conjugate
-gradients as the solver's; moments are those of the samples, within 1 / √(2 · samples) of the truth.
+With at most ``EXACT_UNKNOWNS`` unknowns, H is formed and factored (Cholesky). With more, samples are drawn: if cov(b) = H,
+then x = H⁻¹ b has the covariance H⁻¹ (Papandreou & Yuille, "Gaussian sampling by local perturbations", NeurIPS 2010).
+Conjugate gradients solve for x. Moments are then those of the samples, with a relative error of about
+1 / √(2 · samples).
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ from gridreg.refinement import default_bending_weight
 from gridreg.spatial import Shape, check_volume
 from gridreg.upsampling import apply_along_axes, basis, upsample
 
-EXACT = 3000  # unknowns; twice as many take eight times as long
-SOLVED = 1e-2  # of the normal equations behind a sample
-STEPS = 200  # of conjugate gradients for a sample
-AT_ONCE = 2**22  # voxels of the samples that are drawn together
+EXACT_UNKNOWNS = 3000  # twice as many take eight times as long
+SAMPLE_TOLERANCE = 1e-2  # relative residual of the equations behind a sample
+SAMPLE_CG_STEPS = 200  # conjugate-gradient steps for a sample
+VOXELS_AT_ONCE = 2**22  # of the samples that are drawn together
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,11 @@ class Posterior:
     """A Gaussian over the control points of one pair. Points are in voxels of the fixed grid, results in mm.
 
     mean        (3, gw, gh, gd) control points in voxels
-    spacing_mm  (3,) of the voxels
-    precision   Cholesky factor of the precision, (3G, 3G) float64, or None if it was sampled
-    draws       (S, 3, gw, gh, gd) deviations from the mean in voxels, or None if it is exact
+    shape       (W, H, D) of the image
+    spacing_mm  (3,) voxel size along each axis
+    upsampling  "trilinear", "bspline" or "deconv"
+    precision   (3G, 3G) float64 Cholesky factor of the precision matrix; None if the posterior was sampled
+    draws       (S, 3, gw, gh, gd) deviations from the mean in voxels; None if the posterior is exact
     """
 
     mean: Tensor
@@ -59,7 +63,7 @@ class Posterior:
     draws: Tensor | None = field(default=None, repr=False)
 
     def tempered(self, temperature: float) -> Posterior:
-        """The same with every variance ``temperature`` times as large. ValueError unless it is above 0."""
+        """The same posterior with every variance multiplied by ``temperature``. ValueError unless it is above 0."""
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, found {temperature}")
         root = math.sqrt(temperature)
@@ -70,7 +74,7 @@ class Posterior:
     def sample(self, number: int, seed: int = 0) -> Tensor:
         """(number, 3, gw, gh, gd) control points in voxels; ``upsample`` makes correlated displacement fields of them.
 
-        ValueError if more are asked for than were drawn, where the posterior is not exact.
+        ValueError if the posterior was sampled and holds fewer samples than ``number``.
         """
         if self.draws is not None:
             if number > len(self.draws):
@@ -93,7 +97,9 @@ class Posterior:
                 found += moved[:, None] * moved[None] / len(self.draws)
         else:
             size = self.mean.shape[1:]
-            pairs = [_pairs(basis(n, g, self.upsampling, self.mean.device)) for n, g in zip(self.shape, size)]
+            pairs = [
+                _pairwise_products(basis(n, g, self.upsampling, self.mean.device)) for n, g in zip(self.shape, size)
+            ]
             blocks = self._covariance.view(3, *size, 3, *size).permute(0, 4, 1, 5, 2, 6, 3, 7)
             blocks = blocks.reshape(3, 3, *(g * g for g in size)).float()
             found = apply_along_axes(blocks, pairs)
@@ -104,16 +110,16 @@ class Posterior:
         return self.covariance_mm2().diagonal().movedim(-1, 0).clamp(min=0).sqrt()
 
     def principal_mm(self) -> tuple[Tensor, Tensor]:
-        """Standard deviations (3, W, H, D) along the principal axes, mm, the largest first; and these, (3, 3, W, H, D).
+        """(sigmas, directions): standard deviations (3, W, H, D) in mm, the largest first, and principal axes (3, 3, W, H, D).
 
-        ``directions[i]`` is the unit vector, in array axes, along which the deviation is ``sigmas[i]``.
+        ``directions[i]`` is the unit vector, in array axes, along which the standard deviation is ``sigmas[i]``.
         """
         values, vectors = torch.linalg.eigh(self.covariance_mm2().movedim((0, 1), (-2, -1)))
         sigmas = values.flip(-1).clamp(min=0).sqrt().movedim(-1, 0)
         return sigmas, vectors.flip(-1).movedim((-1, -2), (0, 1))
 
     def covariance_between_mm2(self, first: Tensor, second: Tensor) -> Tensor:
-        """(N, 3, 3) covariance of the displacements at N points and at N others, (N, 3) in voxels, mm².
+        """(N, 3, 3) covariance in mm² between the displacements at N points and at N other points, (N, 3) in voxels each.
 
         Element [n, a, b] is cov(u_a(first[n]), u_b(second[n])). ValueError on other shapes.
         """
@@ -130,11 +136,11 @@ class Posterior:
 
     @property
     def _covariance(self) -> Tensor:
-        """(3G, 3G) of the control points, squared voxels, float64."""
+        """(3G, 3G) float64 covariance of the control points in squared voxels."""
         return torch.cholesky_inverse(self.precision)
 
     def _weights(self, points: Tensor) -> Tensor:
-        """(N, G) weights of the control points at points; between voxels a field is read linearly."""
+        """(N, G) weights of the control points at ``points``; between voxels a field is interpolated linearly."""
         rows = []
         for axis, (n, g) in enumerate(zip(self.shape, self.mean.shape[1:])):
             weights = basis(n, g, self.upsampling, self.mean.device, torch.float64)
@@ -144,15 +150,15 @@ class Posterior:
         return torch.einsum("ni,nj,nk->nijk", *rows).flatten(1)
 
 
-def _pairs(matrix: Tensor) -> Tensor:
-    """(n, g²) products of two basis functions of (n, g)."""
+def _pairwise_products(matrix: Tensor) -> Tensor:
+    """(n, g²) products of every two columns (basis functions) of a matrix (n, g)."""
     return (matrix[:, :, None] * matrix[:, None]).flatten(1)
 
 
 def effective_number(residual: Tensor) -> float:
-    """How many of the values of (1, 1, W, H, D) count as independent: N / Π (1 + ρ) / (1 - ρ) over the axes.
+    """Number of independent values in a residual (1, 1, W, H, D): N / Π (1 + ρ) / (1 - ρ) over the axes.
 
-    ρ is the correlation of neighbours, as in a process in which each value depends on its neighbour alone.
+    ρ is the correlation of neighbours along an axis, as in a first-order autoregressive process.
     """
     variance, number = float(residual.var()), residual.numel()
     for axis in (2, 3, 4):
@@ -165,9 +171,9 @@ def effective_number(residual: Tensor) -> float:
 def fit_temperature(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """T for which the errors of validation pairs are most likely: mean error² / σ² over all components of all pairs.
 
-    pairs   (error, sigma) of each, (3, N) mm, with sigma of a posterior at temperature 1
+    pairs   (error, sigma) of each pair, (3, N) in mm, with sigma of a posterior at temperature 1
 
-    ValueError without pairs, and as ``calibration.coverage``.
+    ValueError without pairs, and as in ``calibration``.
     """
     if not pairs:
         raise ValueError("found no pairs, expected at least one to fit the temperature on")
@@ -189,15 +195,16 @@ def posterior(
     samples: int = 64,
     seed: int = 0,
 ) -> Posterior:
-    """The posterior of one registered pair, best of one whose control points were optimised (``refine``).
+    """The posterior of one registered pair. Its control points should be optimised first (``refine``).
 
     fixed, moving   (1, 1, W, H, D) in [0, 1]
-    spacing_mm      of the voxels, one number or one an axis
+    spacing_mm      voxel size: one number, or one for each axis
     similarity, bending_weight, upsampling   as in ``refine``; "mse" or "ncc"
     temperature     from ``fit_temperature``
-    samples         drawn where there are more than ``EXACT`` unknowns
+    samples         number of samples, drawn where there are more than ``EXACT_UNKNOWNS`` unknowns
+    seed            of the samples
 
-    ValueError without control points, for more than one pair, on another similarity or shapes that do not fit.
+    ValueError without control points, for more than one pair, on another similarity, or on shapes that do not fit.
     """
     if registration.control_points is None or len(registration.control_points) != 1:
         raise ValueError("posterior needs the control points of one pair, a batch of one")
@@ -206,7 +213,7 @@ def posterior(
     check_volume(fixed, 1, "fixed")
     if fixed.shape != moving.shape or len(fixed) != 1:
         raise ValueError(
-            f"fixed is {tuple(fixed.shape)} and moving {tuple(moving.shape)}, expected one pair of a shape"
+            f"fixed is {tuple(fixed.shape)} and moving {tuple(moving.shape)}, expected one pair of the same shape"
         )
     shape, c = tuple(fixed.shape[2:]), registration.control_points.detach().float()
     weight = default_bending_weight(shape) if bending_weight is None else bending_weight
@@ -214,20 +221,20 @@ def posterior(
     objective = Objective(fixed, moving, tuple(c.shape[2:]), similarity, weight, upsampling, at_grid=False)
     point = objective.at(c)
     normal = objective.normal_equations(point)
-    tau = _unit(similarity, fixed, point.warped, normal)
+    tau = _noise_scale(similarity, fixed, point.warped, normal)
     widest = losses.LARGEST_SIGMA * (torch.tensor(shape, device=c.device) - 1).view(3, 1, 1, 1)
     ridge = tau / widest.square()
     spacing = torch.as_tensor(spacing_mm, dtype=torch.float64).expand(3)
-    known = {"mean": c[0], "shape": shape, "spacing_mm": spacing, "upsampling": upsampling}
-    if c.numel() <= EXACT:
+    common = {"mean": c[0], "shape": shape, "spacing_mm": spacing, "upsampling": upsampling}
+    if c.numel() <= EXACT_UNKNOWNS:
         matrix = _matrix(objective, normal) + torch.diag(ridge.expand_as(c[0]).flatten().double())
-        return Posterior(**known, precision=torch.linalg.cholesky(matrix / tau)).tempered(temperature)
+        return Posterior(**common, precision=torch.linalg.cholesky(matrix / tau)).tempered(temperature)
     draws = _draw(objective, normal, ridge, samples, seed) * math.sqrt(tau)
-    return Posterior(**known, draws=draws).tempered(temperature)
+    return Posterior(**common, draws=draws).tempered(temperature)
 
 
-def _unit(similarity: str, fixed: Tensor, warped: Tensor, normal: NormalEquations) -> float:
-    """τ at temperature 1: 2 s² / N_eff, the residuals weighted as they pull at the control points."""
+def _noise_scale(similarity: str, fixed: Tensor, warped: Tensor, normal: NormalEquations) -> float:
+    """τ at temperature 1: 2 s² / N_eff. Each residual is weighted by its influence on the control points."""
     residual = fixed - warped
     if similarity == "ncc":
         residual = local_lines(fixed, warped)[0].residual()
@@ -237,9 +244,9 @@ def _unit(similarity: str, fixed: Tensor, warped: Tensor, normal: NormalEquation
 
 
 def _matrix(objective: Objective, normal: NormalEquations) -> Tensor:
-    """(3G, 3G) float64 Bᵀ q j jᵀ B + 2 λ K: a block is three small matrix products, with pairs of basis functions."""
+    """(3G, 3G) float64 Bᵀ q j jᵀ B + 2 λ K. A block takes three small matrix products with products of basis functions."""
     size = [matrix.shape[1] for matrix in objective.basis]
-    pairs = [_pairs(matrix.double()).T for matrix in objective.basis]
+    pairs = [_pairwise_products(matrix.double()).T for matrix in objective.basis]
     j, q = normal.j[0].double(), normal.curvature[0, 0].double()
     blocks = [[apply_along_axes(q * j[min(a, b)] * j[max(a, b)], pairs) for b in range(3)] for a in range(3)]
     blocks = torch.stack([torch.stack(row) for row in blocks])
@@ -254,7 +261,7 @@ def _matrix(objective: Objective, normal: NormalEquations) -> Tensor:
 
 
 def _draw(objective: Objective, normal: NormalEquations, ridge: Tensor, samples: int, seed: int) -> Tensor:
-    """(samples, 3, gw, gh, gd) from N(0, H⁻¹): H x = b with b = Bᵀ √q j ε + √(2 λ) K^½ ε + √ridge ε, ε standard normal."""
+    """(samples, 3, gw, gh, gd) from N(0, H⁻¹): x solves H x = Bᵀ √q j ε + √(2 λ) K^½ ε + √ridge ε, ε standard normal."""
     generator = torch.Generator().manual_seed(seed)
     size, device = normal.right.shape[1:], normal.right.device
     down = [matrix.T for matrix in objective.basis]
@@ -272,9 +279,11 @@ def _draw(objective: Objective, normal: NormalEquations, ridge: Tensor, samples:
             right = right + (times * objective.weights.float()).sqrt() * apply_along_axes(
                 noise(number, *size), matrices
             )
-        return conjugate_gradients(lambda x: normal.apply(x) + ridge * x, right, normal.diagonal + ridge, STEPS, SOLVED)
+        return conjugate_gradients(
+            lambda x: normal.apply(x) + ridge * x, right, normal.diagonal + ridge, SAMPLE_CG_STEPS, SAMPLE_TOLERANCE
+        )
 
-    together = max(1, AT_ONCE // normal.curvature.numel())
+    together = max(1, VOXELS_AT_ONCE // normal.curvature.numel())
     return torch.cat([draw(min(together, samples - first)) for first in range(0, samples, together)])
 
 

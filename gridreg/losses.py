@@ -1,7 +1,7 @@
-"""Losses of training (paper, section 3.3): soft and differentiable. Hard labels and millimetres are in ``metrics``.
+"""Losses of training (paper, section 3.3), soft and differentiable. Metrics of hard labels in mm are in ``metrics``.
 
-Displacements come in voxels; the bending energy turns them into the paper's normalised units ([-1, 1] across the
-image), so that its weights keep their meaning.
+Displacements are in voxels. The bending energy converts them to the paper's normalised units ([-1, 1] across the image),
+so that the paper's weights keep their meaning.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gridreg.errors import extra
 from gridreg.spatial import Shape, as_shape, check_volume, warp
 from gridreg.upsampling import apply_along_axes, basis
 
-RESIDUAL_NOISE = 0.02  # of images in [0, 1]; a smaller residual tells nothing about the displacement
-LARGEST_SIGMA = 0.1  # of a displacement, in image widths, where the image has no gradient
-LAMBDA_0 = 1.0  # of equation 2; the paper gives no number. With 1 the best σ̂² is the squared displacement itself
-FLAT_VARIANCE = 1e-4  # of the variance of an image: windows with less hold no structure to correlate
-MI_BINS = 23  # of the histogram of mutual information, along each axis
+RESIDUAL_NOISE = 0.02  # intensity, of images in [0, 1]; a smaller residual carries no information on the displacement
+LARGEST_SIGMA = 0.1  # standard deviation of a displacement where the image has no gradient, in image widths
+LAMBDA_0 = 1.0  # λ0 of equation 2, for which the paper gives no number. With 1 the best σ̂² is the squared displacement
+FLAT_VARIANCE = 1e-4  # fraction of an image's variance; a window with less variance holds no structure to correlate
+MI_BINS = 23  # bins of the joint histogram of mutual information, along each axis
 LABELS_AT_ONCE = 16  # masks that ``label_dice_loss`` holds in memory at once
 
 
@@ -33,15 +33,15 @@ def mse_loss(fixed: Tensor, warped: Tensor) -> Tensor:
 
 
 def _standardised(image: Tensor) -> Tensor:
-    """Each case with mean 0 and standard deviation 1: gain and bias are gone. A constant image is 0."""
+    """Each case scaled to mean 0 and standard deviation 1, which removes gain and bias. A constant image becomes 0."""
     centred = image - image.mean((1, 2, 3, 4), keepdim=True)
     return centred * (centred.square().mean((1, 2, 3, 4), keepdim=True) + 1e-12).rsqrt()
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is cached must serve a training too
+@torch.inference_mode(False)  # a cached tensor must also be usable in training
 def _window_means(n: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(n, n) weights of the mean over those of ``window`` voxels around each voxel that lie inside the image."""
+    """(n, n) weights of the mean over ``window`` voxels around each voxel, without those outside the image."""
     place = torch.arange(n, dtype=torch.float64)
     inside = ((place[:, None] - place).abs() <= window // 2).to(torch.float64)
     return (inside / inside.sum(1, keepdim=True)).to(device, dtype)
@@ -50,9 +50,8 @@ def _window_means(n: int, window: int, device: torch.device, dtype: torch.dtype)
 def squared_local_ncc(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
     """cov² / (var · var) in the cube of ``window`` (odd) voxels around every voxel, (B, W, H, D), each in [0, 1].
 
-    fixed, warped (B, 1, W, H, D). At the border the part of the cube counts that lies inside the image. A cube with less
-    variance than ``FLAT_VARIANCE`` of the whole image's counts as flat, and its score tends to 0: it holds only noise to
-    correlate.
+    fixed, warped (B, 1, W, H, D). At the border only the part of the cube inside the image counts. A cube is flat if its
+    variance is below ``FLAT_VARIANCE`` times that of the whole image. Its score tends to 0, since it holds only noise.
     """
     fixed, warped = _standardised(fixed), _standardised(warped)
     means = [_window_means(n, window, fixed.device, fixed.dtype) for n in fixed.shape[2:]]
@@ -65,14 +64,14 @@ def squared_local_ncc(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
 def ncc_loss(fixed: Tensor, warped: Tensor, window: int = 5) -> Tensor:
     """Minus the squared local normalised cross-correlation of two (B, 1, W, H, D) images: a scalar in [-1, 0].
 
-    The mean of ``squared_local_ncc`` over all voxels. It ignores gain, bias and slow changes of contrast, which the MSE
-    does not. MONAI's loss counts zeros around the image, so that its border depends on the bias.
+    It is the mean of ``squared_local_ncc`` over all voxels. Unlike the MSE, it ignores gain, bias and slow changes of
+    contrast. MONAI's loss is not used because it counts zeros around the image, so its border depends on the bias.
     """
     return -squared_local_ncc(fixed, warped, window).mean()
 
 
 def global_ncc_loss(fixed: Tensor, warped: Tensor) -> Tensor:
-    """Minus the squared correlation of all values of two (B, 1, W, H, D) tensors, mean over the cases: in [-1, 0]."""
+    """Minus the squared correlation of all values of two (B, 1, W, H, D) tensors, mean over cases: a scalar in [-1, 0]."""
     return -(_standardised(fixed) * _standardised(warped)).mean((1, 2, 3, 4)).square().mean()
 
 
@@ -88,22 +87,26 @@ def _mutual_information(bins: int):
 def mi_loss(fixed: Tensor, warped: Tensor, bins: int = MI_BINS) -> Tensor:
     """Minus the mutual information of two (B, 1, ...) images in [0, 1]: a scalar, in nats.
 
-    From a joint histogram with Gaussian Parzen windows (MONAI). It ignores any one-to-one change of contrast, and so
-    suits images of different kinds. It needs memory for ``bins`` numbers a voxel.
+    It is computed from a joint histogram with Gaussian Parzen windows (MONAI). It ignores any one-to-one change of
+    contrast, and so suits images of different contrasts. It needs memory for ``bins`` numbers per voxel.
     """
     return _mutual_information(bins)(warped, fixed)
 
 
 def coarse_mi_loss(fixed: Tensor, warped: Tensor) -> Tensor:
-    """``mi_loss`` of the few values at control points: with at least 5 of them to a bin of the joint histogram.
+    """``mi_loss`` of the few values at control points, with at least 5 values per bin of the joint histogram: a scalar.
 
-    With fewer, any two images seem to share information.
+    With fewer values per bin, any two images would seem to share information.
     """
     return mi_loss(fixed, warped, min(max(math.isqrt(fixed[0].numel() // 5), 2), MI_BINS))
 
 
 SIMILARITIES = {"mse": mse_loss, "ncc": ncc_loss, "mi": mi_loss}
-GRID_SIMILARITIES = {"mse": mse_loss, "ncc": global_ncc_loss, "mi": coarse_mi_loss}  # control points have no window
+GRID_SIMILARITIES = {
+    "mse": mse_loss,
+    "ncc": global_ncc_loss,
+    "mi": coarse_mi_loss,
+}  # control points are too sparse for windows
 
 
 def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
@@ -115,7 +118,7 @@ def at_control_points(volume: Tensor, grid_size: Shape) -> Tensor:
 def similarity_loss(name: str, fixed: Tensor, warped: Tensor, grid_size: Shape | None = None) -> Tensor:
     """L_sim without uncertainty: at image level and, with a grid, at the control points (paper, section 3.3): a scalar.
 
-    name           one of ``SIMILARITIES``, for both levels: where contrasts differ, a squared difference is wrong at either
+    name           one of ``SIMILARITIES``, used at both levels: a squared difference is wrong at both if contrasts differ
     fixed, warped  (B, 1, W, H, D) in [0, 1]
     grid_size      of the control points; None for methods without a grid
 
@@ -128,7 +131,7 @@ def similarity_loss(name: str, fixed: Tensor, warped: Tensor, grid_size: Shape |
 
 
 def gradient_energy(fixed: Tensor, window: int = 5) -> Tensor:
-    """Squared gradient of an image, mean over a cube of ``window`` voxels: where it is small, no displacement shows.
+    """Squared gradient of an image, mean over a cube of ``window`` voxels. Where it is small, no displacement is visible.
 
     fixed (B, 1, W, H, D); returns the same shape, squared intensity per squared voxel.
     """
@@ -144,22 +147,22 @@ def uncertainty_loss(fixed: Tensor, warped: Tensor, energy: Tensor, variance: Te
     variance       (B, 3, W, H, D) σ̂², squared voxels
     largest_sigma  (3, 1, 1, 1) σ in voxels where the image has no gradient
 
-    Sim is the squared residual over the squared gradient: the squared displacement, in voxels, that the residual
-    amounts to. Both terms of (2) then have one unit, and the minimum over σ̂² is that squared displacement: large where
-    the image is flat. If Sim were the squared residual of intensities, the minimum would be smallest in flat regions,
-    where the image determines the displacement least.
+    Sim is the squared residual divided by the squared gradient. That is the squared displacement, in voxels, to which the
+    residual corresponds. Both terms of (2) then have the same unit, and the minimum over σ̂² is that squared displacement,
+    which is large where the image is flat. If Sim were the squared residual of intensities, the minimum would be smallest
+    in flat regions, where the image determines the displacement least.
     """
     squared = ((fixed - warped).square() + RESIDUAL_NOISE**2) / (energy + RESIDUAL_NOISE**2 / largest_sigma**2)
     return (squared / variance + LAMBDA_0 * variance.log()).mean()
 
 
 def _overlap_and_size(fixed: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ s_fix s_mov∘T and Σ s_fix + Σ s_mov∘T of masks (B, K, W, H, D): (B, K) twice."""
+    """Σ s_fix s_mov∘T and Σ s_fix + Σ s_mov∘T of masks (B, K, W, H, D), each (B, K)."""
     return (fixed * warped).sum((2, 3, 4)), fixed.sum((2, 3, 4)) + warped.sum((2, 3, 4))
 
 
 def _dice_of_sums(overlap: Tensor, size: Tensor) -> Tensor:
-    """1 - 2 overlap / size, mean over the structures (B, K) that exist; 0 if none does."""
+    """1 - 2 overlap / size, mean over the structures (B, K) that are present; 0 if none is."""
     present = size > 0
     return 1 - (2 * overlap[present] / size[present]).mean() if present.any() else size.sum() * 0
 
@@ -167,21 +170,21 @@ def _dice_of_sums(overlap: Tensor, size: Tensor) -> Tensor:
 def dice_loss(fixed: Tensor, warped: Tensor) -> Tensor:
     """L_DSC = 1 - 2 Σ s_fix s_mov∘T / (Σ s_fix + Σ s_mov∘T), mean over structures (paper, section 3.3): a scalar.
 
-    fixed, warped (B, K, W, H, D) soft masks in [0, 1], one channel a structure. A structure absent from both images is
+    fixed, warped (B, K, W, H, D) soft masks in [0, 1], one channel per structure. A structure absent from both images is
     left out.
     """
     return _dice_of_sums(*_overlap_and_size(fixed, warped))
 
 
 def label_dice_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, values: list[int]) -> Tensor:
-    """``dice_loss`` of the masks of ``values``, those of the moving map warped linearly: a scalar.
+    """``dice_loss`` of the masks of ``values``, where the moving masks are warped linearly: a scalar.
 
     fixed, moving  (B, 1, W, H, D) label maps of any integer type
     displacement   (B, 3, W, H, D) in voxels
     values         the labels that count
 
-    Beyond ``LABELS_AT_ONCE`` labels, the masks are made some after the other, and again for the gradient, so that memory
-    does not grow with their number.
+    With more than ``LABELS_AT_ONCE`` labels, the masks are made in groups, and again for the gradient. So memory does not
+    grow with the number of labels.
     """
 
     def sums(some: list[int], displacement: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +201,7 @@ def label_dice_loss(fixed: Tensor, moving: Tensor, displacement: Tensor, values:
 def _difference(n: int, order: int) -> Tensor:
     """(n - order, n) finite differences of that order (0, 1 or 2), float64, on the compact stencil.
 
-    The mixed second derivative is a first difference along two axes: unlike a central difference it sees a ±1
+    A mixed second derivative is a first difference along each of two axes. Unlike a central difference, it detects a ±1
     checkerboard.
     """
     matrix = torch.eye(n, dtype=torch.float64)
@@ -226,9 +229,9 @@ def _to_normalised(displacement: Tensor, shape: Shape) -> Tensor:
 def bending_energy(displacement: Tensor) -> Tensor:
     """L_bend: mean over voxels of Σ_i Σ_ρϱ (∂²t_i/∂ρ∂ϱ)², mixed terms twice (paper, section 3.3).
 
-    displacement (B, 3, W, H, D) in voxels; t is the same in normalised units, derivatives are per voxel. Each
-    derivative is averaged over the places where its stencil fits. Returns a scalar. ValueError on other shapes, or
-    fewer than 3 voxels on an axis.
+    displacement (B, 3, W, H, D) in voxels; t is the same in normalised units, and derivatives are per voxel. Each
+    derivative is averaged over the positions where its stencil fits. Returns a scalar. ValueError on other shapes, or on
+    fewer than 3 voxels along an axis.
     """
     check_volume(displacement, 3, "displacement")
     shape = tuple(displacement.shape[2:])
@@ -253,11 +256,12 @@ def _gram(n: int, g: int, order: int, method: str, device: torch.device) -> Tens
 def grid_bending_energy(control_points: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
     """``bending_energy(upsample(control_points, shape, method))``, exactly, without forming the dense field.
 
-    The dense energy is a quadratic form of the control points whose matrix is a Kronecker product of one (g, g) Gram
-    matrix an axis, so it costs O(G·g) instead of six passes over all voxels. It is computed in float64: a shift that all
-    control points share cancels in it, and in float32 would leave its rounding behind.
+    The dense energy is a quadratic form of the control points. Its matrix is a sum of Kronecker products of one (g, g)
+    Gram matrix per axis, so it costs O(G·g) instead of six passes over all voxels. It is computed in float64: a shift
+    that all control points share cancels, and in float32 its rounding error would remain.
 
-    control_points (B, 3, gw, gh, gd) in voxels of an image of ``shape``. Returns a scalar.
+    control_points (B, 3, gw, gh, gd) in voxels of an image of ``shape``. Returns a scalar. ValueError as in
+    ``bending_energy``.
     """
     check_volume(control_points, 3, "control_points")
     shape = as_shape(shape, "shape")

@@ -1,7 +1,7 @@
-"""Metrics of evaluation (paper, section 4.4): hard labels, millimetres, one case at a time, in NumPy.
+"""Metrics of evaluation (paper, section 4.4): hard labels, distances in mm, one case at a time, in NumPy.
 
-Losses, which are soft and differentiable, are in ``losses``. A displacement here is (3, W, H, D), in voxels of the
-fixed grid; spacing_mm is the isotropic voxel size of preprocessed images.
+Soft and differentiable losses are in ``losses``. A displacement here is (3, W, H, D) in voxels of the fixed grid.
+``spacing_mm`` is the isotropic voxel size of preprocessed images.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from scipy import ndimage
 from gridreg.scans.pair import Pair
 from gridreg.spatial import warp
 
-THICKNESS_MM = 5.0  # of the boundary shell: one to two voxels of the demo cohorts
+THICKNESS_MM = 5.0  # thickness of the boundary shell: one to two voxels of the demo cohorts
 
 
 def label_values(*label_maps: np.ndarray) -> list[int]:
-    """The labels, background (0) left out, that occur in any of the maps."""
+    """The labels that occur in any of the maps, without the background (0)."""
     return sorted({int(v) for labels in label_maps for v in np.flatnonzero(np.bincount(labels.ravel()))} - {0})
 
 
 def dice(fixed: np.ndarray, warped: np.ndarray) -> float:
-    """Mean over labels of 2 |A∩B| / (|A| + |B|), over all labels in either map; NaN if there are none.
+    """Mean of 2 |A∩B| / (|A| + |B|) over all labels in either map; NaN if there are none.
 
-    A label that the warp lost counts as 0; it is not dropped.
+    fixed, warped (W, H, D) integers. A label that vanished in the warp counts as 0; it is not dropped.
     """
     size = 1 + int(max(fixed.max(), warped.max()))
     overlap = np.bincount(fixed[fixed == warped], minlength=size)
@@ -37,7 +37,7 @@ def dice(fixed: np.ndarray, warped: np.ndarray) -> float:
 
 
 def centroid_distance_mm(fixed: np.ndarray, warped: np.ndarray, spacing_mm: float) -> float:
-    """D_CD^msk: mean distance in mm of the centroids of the labels in both maps; NaN if there are none."""
+    """D_CD^msk: mean distance in mm between the centroids of each label present in both maps; NaN if there are none."""
     values = sorted(set(label_values(fixed)) & set(label_values(warped)))
     if not values:
         return float("nan")
@@ -46,10 +46,10 @@ def centroid_distance_mm(fixed: np.ndarray, warped: np.ndarray, spacing_mm: floa
 
 
 def landmark_distance_mm(fixed: np.ndarray, moving: np.ndarray, displacement: np.ndarray, spacing_mm: float) -> float:
-    """D_CD^ldmk: mean distance in mm between fixed landmarks carried by the warp and their moving partners.
+    """D_CD^ldmk: mean distance in mm between the fixed landmarks at x + u(x) and the corresponding moving landmarks.
 
-    fixed, moving (N, 3) in voxels, row by row the same landmark. Points are carried, blobs are not warped, so that no
-    landmark can vanish. NaN without landmarks.
+    fixed, moving (N, 3) in voxels; equal rows are the same landmark. Points are transformed instead of warping blobs, so
+    that no landmark can vanish. NaN without landmarks.
     """
     if len(fixed) == 0:
         return float("nan")
@@ -60,7 +60,7 @@ def landmark_distance_mm(fixed: np.ndarray, moving: np.ndarray, displacement: np
 def image_similarity(fixed: np.ndarray, warped: np.ndarray, where: np.ndarray) -> dict[str, float]:
     """{"mse", "ncc"}: mean squared difference and correlation of intensities over the voxels ``where`` (W, H, D).
 
-    Both compare images, not anatomy: they are no measure of accuracy. ncc is NaN where an image is constant.
+    Both compare images, not anatomy, so neither measures accuracy. ncc is NaN where an image is constant.
     """
     a, b = (image[where].astype(np.float64) for image in (fixed, warped))
     if not a.size:
@@ -71,7 +71,7 @@ def image_similarity(fixed: np.ndarray, warped: np.ndarray, where: np.ndarray) -
 
 
 def tre_mm(displacement: np.ndarray, truth: np.ndarray, where: np.ndarray, spacing_mm: float) -> float:
-    """Mean true TRE in mm: |u(x) - u_true(x)| over the voxels ``where`` (W, H, D); NaN if there are none."""
+    """TRE against the true displacement: mean |u(x) - u_true(x)| in mm over the voxels ``where`` (W, H, D); NaN if none."""
     error = np.sqrt(np.square(displacement - truth).sum(0))[where]
     return float(error.mean() * spacing_mm) if error.size else float("nan")
 
@@ -86,24 +86,24 @@ def jacobian_determinant(displacement: np.ndarray) -> np.ndarray:
 
 
 def log_jacobian(determinant: np.ndarray, where: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of log det J over the voxels ``where``, det clipped at 1e-6 where it folds."""
+    """Mean and standard deviation of log det J over the voxels ``where``; det J is clipped at 1e-6 where the field folds."""
     values = np.log(np.maximum(determinant[where], 1e-6))
     return (float(values.mean()), float(values.std())) if values.size else (float("nan"), float("nan"))
 
 
 def folding_percent(determinant: np.ndarray, where: np.ndarray) -> float:
-    """Percentage of the voxels ``where`` at which det J ≤ 0."""
+    """Percentage of the voxels ``where`` with det J ≤ 0; NaN if there are none."""
     return float(100 * (determinant[where] <= 0).mean()) if where.any() else float("nan")
 
 
 def nondiffeomorphic_percent(displacement: np.ndarray, where: np.ndarray) -> float:
-    """Non-diffeomorphic volume, in percent of the volume of the cells ``where``.
+    """Non-diffeomorphic volume, in percent of the volume of the cells ``where``; NaN if there are none.
 
-    Between voxels the field is read linearly, and a central difference can miss a fold there. Each cell of eight
-    voxels is cut into six tetrahedra, in two mirror-image ways; on a tetrahedron the map is affine and its signed
-    volume exact. The share is the volume that tetrahedra with negative orientation cover, averaged over both ways
-    (after Liu et al., "On finite difference Jacobian computation in deformable image registration", IJCV 2024). A
-    turned tetrahedron counts by its warped volume, so a field that turns everything over and doubles it gives 200.
+    The field is interpolated linearly between voxels, and a central difference can miss a fold there. Each cell of eight
+    voxels is cut into six tetrahedra, in two mirror-image ways. On a tetrahedron the map is affine, so its signed volume
+    is exact. The result is the volume of the tetrahedra with negative orientation, averaged over both ways (after Liu et
+    al., "On finite difference Jacobian computation in deformable image registration", IJCV 2024). A folded tetrahedron
+    counts by its warped volume: a field that mirrors every cell and doubles its volume gives 200.
     """
     corners = displacement + np.indices(displacement.shape[1:])
     w, h, d = corners.shape[1:]
@@ -130,7 +130,7 @@ def nondiffeomorphic_percent(displacement: np.ndarray, where: np.ndarray) -> flo
 
 
 def warp_labels(labels: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-    """Label map (W, H, D) of the moving image on the fixed grid, nearest neighbour."""
+    """Warp a moving label map (W, H, D) to the fixed grid, by nearest neighbour: (W, H, D) int16."""
     field = torch.from_numpy(np.ascontiguousarray(displacement))[None]
     return warp(torch.from_numpy(labels)[None, None].float(), field, "nearest")[0, 0].numpy().astype(np.int16)
 
@@ -142,41 +142,41 @@ def region_masks(
 
     labels        (W, H, D) integers
     spacing_mm    isotropic voxel size
-    thickness_mm  of the shell: a voxel whose centre lies at most so deep below the surface is boundary, a deeper one
-                  interior. The surface runs half a voxel outside the outermost voxel centres.
-    values        labels that make up the organ; None: every label but the background, together
+    thickness_mm  thickness of the shell: voxels whose centre lies at most this deep below the surface are boundary, deeper
+                  ones are interior. The surface lies half a voxel outside the outermost voxel centres.
+    values        labels that make up the organ; None: all labels but the background
 
-    What the field of view cuts off is no surface. Either mask may be empty: with few voxels, all is boundary. ValueError
-    on a thickness that is not positive.
+    The edge of the field of view is not a surface. Either mask may be empty: in a small organ all voxels are boundary.
+    ValueError unless the thickness is above 0.
     """
     if not thickness_mm > 0:
         raise ValueError(f"thickness_mm must be above 0, found {thickness_mm}")
     organ = labels > 0 if values is None else np.isin(labels, values)
-    # distance to the nearest voxel outside; without one, everything is infinitely deep
+    # distance to the nearest voxel outside the organ; infinite if there is none
     to_outside = ndimage.distance_transform_edt(organ) * spacing_mm if not organ.all() else np.full(organ.shape, np.inf)
     deep = to_outside - spacing_mm / 2 > thickness_mm
     return {"interior": organ & deep, "boundary": organ & ~deep}
 
 
 def warp_image(image: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-    """Moving image (W, H, D) on the fixed grid, trilinear."""
+    """Warp a moving image (W, H, D) to the fixed grid, by linear interpolation: (W, H, D) float32."""
     field = torch.from_numpy(np.ascontiguousarray(displacement))[None].float()
     return warp(torch.from_numpy(np.ascontiguousarray(image))[None, None].float(), field)[0, 0].numpy()
 
 
 def measure_pair(pair: Pair, displacement: np.ndarray) -> dict[str, float]:
-    """Every metric of one registered pair, by name; NaN where the pair does not know what a metric needs.
+    """Every metric of one registered pair, by name; NaN where the pair lacks the data that a metric needs.
 
     displacement  (3, W, H, D) in voxels
 
-    Measured within ``pair.region``. Where one organ is labelled, its interior and its boundary are measured too
-    (``region_masks``).
+    TRE, image similarity and log det J are means over ``pair.region``. If the pair has a single label, the TRE is also
+    measured in the organ's interior and at its boundary (``region_masks``).
     """
     spacing, region = pair.spacing_mm, pair.region
     row = dict.fromkeys(
         ("dice", "landmark_mm", "mask_mm", "tre_mm", "tre_interior_mm", "tre_boundary_mm"), float("nan")
     )
-    row |= {"labels_lost": 0, "landmarks_missing": 0}  # failures are counted, not dropped from a mean in silence
+    row |= {"labels_lost": 0, "landmarks_missing": 0}  # failures are counted, so that no mean drops them silently
     fixed_labels, moving_labels = pair.labels
     if fixed_labels is not None and moving_labels is not None:
         warped = warp_labels(moving_labels, displacement)

@@ -34,7 +34,7 @@ def exact():
 @pytest.fixture(scope="module")
 def sampled():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laplace, "EXACT", 0)
+        patch.setattr(laplace, "EXACT_UNKNOWNS", 0)
         return gridreg.posterior(still(), *random_pair(), samples=1500, **SETTINGS)
 
 
@@ -45,7 +45,7 @@ def dense():
     objective = Objective(fixed, moving, GRID, "mse", 0.5, "trilinear", at_grid=False)
     point = objective.at(torch.zeros(1, 3, *GRID))
     normal = objective.normal_equations(point)
-    tau = laplace._unit("mse", fixed, point.warped, normal)
+    tau = laplace._noise_scale("mse", fixed, point.warped, normal)
     x, y, z = (basis(n, g, dtype=torch.float64).numpy() for n, g in zip(SHAPE, GRID))
     b = np.kron(np.kron(x, y), z)
     jacobian = np.concatenate([row[:, None] * b for row in normal.j[0].flatten(1).double().numpy()], axis=1)
@@ -108,10 +108,10 @@ def test_principal_axes_are_those_of_the_covariance(exact):
 
 
 @pytest.mark.parametrize("similarity", ["mse", "ncc"])
-@pytest.mark.parametrize("limit", [laplace.EXACT, 0])
+@pytest.mark.parametrize("limit", [laplace.EXACT_UNKNOWNS, 0])
 def test_an_edge_tells_of_motion_across_it_and_not_along_it(similarity, limit, monkeypatch):
     """The plane x + y = const: across is (1, 1, 0), along are (1, -1, 0) and (0, 0, 1)."""
-    monkeypatch.setattr(laplace, "EXACT", limit)
+    monkeypatch.setattr(laplace, "EXACT_UNKNOWNS", limit)
     shape = (16, 16, 12)
     x = voxel_coordinates(shape)
     edge = torch.sigmoid((x[0] + x[1] - 15) / 1.5)[None, None]
@@ -165,7 +165,7 @@ def test_the_temperature_restores_the_scale(exact):
 
 
 def test_twice_the_same(monkeypatch):
-    monkeypatch.setattr(laplace, "EXACT", 0)
+    monkeypatch.setattr(laplace, "EXACT_UNKNOWNS", 0)
     first, second = (gridreg.posterior(still(), *random_pair(), samples=8, **SETTINGS) for _ in range(2))
     assert torch.equal(first.draws, second.draws)
     assert not torch.equal(first.draws, gridreg.posterior(still(), *random_pair(), samples=8, seed=1, **SETTINGS).draws)

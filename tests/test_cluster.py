@@ -111,10 +111,9 @@ def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):
         torch.testing.assert_close(adopted[name], alone[name], rtol=0.05, atol=2e-3)
 
 
-def test_the_command_of_the_readme_trains_one_run_on_two_devices(repository, monkeypatch):
-    assert "torchrun --nproc-per-node 4 -m study.training.train brain gridreg-adaptive" in (
-        ROOT / "README.md"
-    ).read_text(encoding="utf-8")
+def test_the_command_of_the_documentation_trains_one_run_on_two_devices(repository, monkeypatch):
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert "torchrun --nproc-per-node 4 -m study.training.train brain gridreg-adaptive" in page
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
     torchrun += ["-m", "study.training.train", "blobs", "gridreg-adaptive"]
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""The GridReg network: a displacement at control points only, by cross-attention from grid to image features.
+"""The GridReg network: it predicts a displacement at control points only, by cross-attention to image features.
 
-Encoder → skip-projections → decoder → heads (paper, section 3.1). Every weight is independent of the grid size:
-the grid enters through its coordinates alone, so one model serves every grid.
+Encoder → skip-projections → decoder → heads (paper, section 3.1). No weight depends on the grid size: the grid enters
+through its coordinates alone, so one model works on every grid.
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ from gridreg.matching import MatchingEncoder
 from gridreg.spatial import Shape, check_grid_size, check_volume
 from gridreg.upsampling import METHODS, apply_channels_last, basis, bounded, upsample
 
-WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # encoder widths in base channels; they give the paper's parameter count
+WIDTHS = (
+    1,
+    2,
+    2,
+    4,
+    4,
+    8,
+    8,
+    16,
+    16,
+)  # encoder widths, in multiples of the base channels; they give the paper's parameter count
 STRIDED_LAYERS = 4  # later layers keep the resolution
-LOCAL_LAYERS = (3, 2)  # encoder layers whose tokens are attended locally, coarse to fine
+LOCAL_LAYERS = (3, 2)  # encoder layers with attention to local windows, coarse to fine
 ENCODERS = ("pair", "match")
-LOG_VARIANCE_RANGE = (-14.0, 0.0)  # σ lies between a thousandth of half the image and half the image
+LOG_VARIANCE_RANGE = (
+    -14.0,
+    0.0,
+)  # σ is at least a thousandth of half the image width, and at most half the image width
 
 
 @dataclass
 class Registration:
-    """What a registration network returns.
+    """The result of every registration network.
 
-    displacement    (B, 3, W, H, D), voxels of the fixed grid
+    displacement    (B, 3, W, H, D) in voxels of the fixed grid
     control_points  (B, 3, gw, gh, gd) mean displacement in voxels; None for methods without a grid
     sigma           (B, 3, gw, gh, gd) standard deviation in voxels; None without the Bayesian head
     """
@@ -40,15 +53,16 @@ class Registration:
 
 
 def level_grid(grid_size: Shape, shape: Shape, whole: bool = False) -> Shape:
-    """The grid on which a level of ``shape`` feature voxels is decoded: at most a point on and between any two.
+    """The grid on which a level of ``shape`` feature voxels is decoded: at most one point on and one between voxels.
 
-    More would read the same features again. The coarsest and the last level take the whole grid: each point has its answer.
+    More points would read the same features again. With ``whole`` it is ``grid_size`` itself: the coarsest level, and the
+    last one, whose points are the result.
     """
     return grid_size if whole else tuple(min(g, max(2 * n - 1, 2)) for g, n in zip(grid_size, shape))
 
 
 def resize(y: Tensor, grid_size: Shape, new: Shape) -> Tensor:
-    """Features Y (B, G, C) of one grid at the points of another."""
+    """Features Y (B, G, C) of one grid, interpolated at the points of another."""
     if grid_size == new:
         return y
     bases = [basis(n, g, "trilinear", y.device, y.dtype) for n, g in zip(new, grid_size)]
@@ -56,27 +70,27 @@ def resize(y: Tensor, grid_size: Shape, new: Shape) -> Tensor:
 
 
 class DecoderLevel(nn.Module):
-    """One encoder level, skip-projected and attended to, refining the feature Y of every control point.
+    """One decoder level: it projects the encoder's features, attends to them, and refines the feature Y of every point.
 
-    A local level reads P and Y where the tokens of the windows are, before it pairs them: both ways are linear, and
-    there are fewer tokens than feature voxels.
+    A local level first reads P and Y at the positions of the tokens and then concatenates them. Reading is linear, so the
+    order does not change the result, and there are fewer tokens than feature voxels.
     """
 
     def __init__(self, channels: int, coarsest: bool):
         super().__init__()
         self.coarsest = coarsest
-        self.project = nn.Linear(channels, CHANNELS)  # a convolution of one voxel
+        self.project = nn.Linear(channels, CHANNELS)  # a 1×1×1 convolution
         self.attention = CrossAttention(CHANNELS if coarsest else 2 * CHANNELS)
         self.norm = nn.LayerNorm(CHANNELS)
         self.mlp = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.GELU(), nn.Linear(CHANNELS, CHANNELS))
 
     def forward(self, features: Tensor, carried: Tensor | None, carried_grid: Shape | None, grid_size: Shape) -> Tensor:
-        """features (B, C_l, w, h, d); carried (B, G', CHANNELS) on its own grid; returns (B, G, CHANNELS)."""
+        """features (B, C_l, w, h, d); carried (B, G', CHANNELS) on ``carried_grid``; returns (B, G, CHANNELS)."""
         shape, where = tuple(features.shape[2:]), (features.device, self.norm.weight.dtype)
         queries = grid_encoding(grid_size, *where)
         tokens = self.project(features.flatten(2).transpose(1, 2)) + grid_encoding(
             shape, *where
-        )  # P, with its positions
+        )  # P, with positional encodings
         if self.coarsest:
             y = self.attention(queries, tokens[:, None])
         else:
@@ -100,12 +114,15 @@ class GridReg(nn.Module):
 
     base_channels  width C of the encoder (paper: 16; ablated 8, 32)
     num_layers     encoder layers L, 4 to 9 (paper: 5)
-    bayesian       predict a standard deviation per control point too (paper, section 3.2)
+    bayesian       also predict a standard deviation per control point (paper, section 3.2)
     upsampling     "trilinear", "bspline" or "deconv" (paper, section 3.2)
-    projector      False feeds the coarsest level alone to the decoder (Table 3, config 5)
+    projector      False: the decoder gets the coarsest level alone (Table 3, config 5)
     fold_free      bound the control points so that the field cannot fold (``upsampling.bounded``); "bspline" only
-    encoder        "pair", the paper's, sees both images at once; "match" finds correspondences (``matching``)
-    passes         how often "match" warps the moving image by what it has found and adds to it; may change after training
+    encoder        "pair" (the paper's) encodes both images together; "match" finds correspondences (``matching``)
+    passes         number of passes of "match"; each later one warps the moving image by the displacement so far and
+                   adds to it. It may change after training
+
+    ValueError on an impossible combination.
     """
 
     def __init__(
@@ -144,11 +161,9 @@ class GridReg(nn.Module):
         self.decoder = nn.ModuleList(DecoderLevel(c, coarsest=n == num_layers) for c, n in zip(channels, self.layers))
         self.mean = nn.Linear(CHANNELS, 3)
         self.log_variance = nn.Linear(CHANNELS, 3) if bayesian else None
-        nn.init.normal_(
-            self.mean.weight, std=1e-3
-        )  # start near the identity, so that the first gradients mean something
+        nn.init.normal_(self.mean.weight, std=1e-3)  # start near the identity, so that the first gradients are useful
         nn.init.zeros_(self.mean.bias)
-        if bayesian:  # and nearly certain: σ of 1.5 % of the image
+        if bayesian:  # start with a small σ: 1.5 % of the image width
             nn.init.normal_(self.log_variance.weight, std=1e-3)
             nn.init.constant_(self.log_variance.bias, -7.0)
 
@@ -162,13 +177,15 @@ class GridReg(nn.Module):
         grid_size = check_grid_size(grid_size, shape)
         if max(shape) <= 2**STRIDED_LAYERS:
             raise ValueError(f"images must have more than {2**STRIDED_LAYERS} voxels on some axis, found {shape}")
-        half = torch.tensor(shape, device=fixed.device)[:, None] / 2  # heads speak in half widths
+        half = (
+            torch.tensor(shape, device=fixed.device)[:, None] / 2
+        )  # the heads predict in units of half the image width
         if isinstance(self.encoder, MatchingEncoder):
             control_points, y = self._match(fixed, moving, grid_size, half)
         else:
             y = self._decode(self._encode(fixed, moving), grid_size)
             control_points = self._displace(y, half, grid_size)
-        with torch.autocast(y.device.type, enabled=False):  # a displacement needs all its digits
+        with torch.autocast(y.device.type, enabled=False):  # a displacement needs full precision
             sigma = None
             if self.log_variance is not None:
                 log_variance = self.log_variance(y.to(self.mean.weight.dtype)).transpose(1, 2)
@@ -178,7 +195,7 @@ class GridReg(nn.Module):
         return Registration(upsample(control_points, shape, self.upsampling), control_points, sigma)
 
     def _encode(self, fixed: Tensor, moving: Tensor) -> dict[int, Tensor]:
-        """Features of both images together, by layer."""
+        """Features (B, C_l, w, h, d) of both images together, by encoder layer."""
         features, x = {}, torch.cat([fixed, moving], dim=1)
         for layer, encode in enumerate(self.encoder, start=1):
             x = encode(x)
@@ -187,7 +204,7 @@ class GridReg(nn.Module):
         return features
 
     def _decode(self, features: dict[int, Tensor], grid_size: Shape) -> Tensor:
-        """Y (B, G, CHANNELS) of every control point."""
+        """Feature Y (B, G, CHANNELS) of every control point."""
         y = at = None
         for layer, level in zip(self.layers, self.decoder):
             whole = level.coarsest or level is self.decoder[-1]
@@ -201,10 +218,12 @@ class GridReg(nn.Module):
             return (self.mean(y.to(self.mean.weight.dtype)).transpose(1, 2) * half).unflatten(2, grid_size)
 
     def _match(self, fixed: Tensor, moving: Tensor, grid_size: Shape, half: Tensor) -> tuple[Tensor, Tensor]:
-        """Control points of all passes in voxels, and Y of the last."""
+        """Control points (B, 3, gw, gh, gd) in voxels, summed over all passes, and Y of the last pass."""
         shape = tuple(fixed.shape[2:])
         fixed, moving = self.encoder.reduced(fixed), self.encoder.reduced(moving)
-        scale = [(n - 1) / (m - 1) for n, m in zip(shape, fixed.shape[2:])]  # voxels to one that the encoder sees
+        scale = [
+            (n - 1) / (m - 1) for n, m in zip(shape, fixed.shape[2:])
+        ]  # image voxels per voxel of the encoder's input
         scale = fixed.new_tensor(scale).view(3, 1, 1, 1)
 
         def field(control_points: Tensor, size: Shape) -> Tensor:

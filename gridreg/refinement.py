@@ -1,9 +1,9 @@
-"""Instance refinement: a few dozen steps of optimisation of one pair's predicted control points c:
+"""Instance refinement: a few dozen optimisation steps for the predicted control points c of one pair:
 
     min over c of  L_sim(fixed, moving(x + c↑(x))) + λ L_bend(c)
 
-An option after any network that has control points, without labels: the losses are the unsupervised ones of training
-(paper, section 3.3). The network is not needed, and its weights are not touched.
+Refinement is optional after any network with control points. It needs no labels: its losses are the unsupervised losses
+of training (paper, section 3.3). It does not use the network or change its weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from gridreg.network import Registration
 from gridreg.spatial import Shape, check_volume, warp
 from gridreg.upsampling import displacement_bound, upsample
 
-LEARNING_RATE = 0.005  # in image widths: 0.16 of 32 voxels, 0.64 of 128
-FIELD_TOLERANCE = 1e-3  # of the largest control point; a field that differs by more has another upsampling
-BOUND_TOLERANCE = 1e-5  # of the bound of fold_free, which keeps a hundredth in reserve
+LEARNING_RATE = 0.005  # in image widths per step: 0.16 voxels of 32, 0.64 voxels of 128
+FIELD_TOLERANCE = (
+    1e-3  # relative to the largest control point; a field that differs by more came from another upsampling
+)
+BOUND_TOLERANCE = 1e-5  # relative to the bound of fold_free, which has a reserve of 1 %
 SOLVERS = ("adam", "gauss-newton")
 
 
 def default_bending_weight(shape: Shape) -> float:
-    """The paper's best, 2·10⁵, is for 128×128×102 voxels; on voxels s times as large it is divided by s⁴."""
+    """The paper's best weight, 2·10⁵ for 128×128×102 voxels, scaled to ``shape``: divided by s⁴ for voxels s times as large."""
     return 2e5 * (math.prod(shape) / (128 * 128 * 102)) ** (4 / 3)
 
 
@@ -42,15 +44,17 @@ def unsupervised_loss(
 def _refine_case(
     start: Tensor, fixed: Tensor, moving: Tensor, steps: int, learning_rate: float, bound: Tensor | None, **terms
 ) -> Tensor:
-    """Control points (1, 3, gw, gh, gd) of the least loss seen on the way, the start included."""
+    """Control points (1, 3, gw, gh, gd) with the smallest loss of all steps, including the start."""
     size = torch.tensor(fixed.shape[2:], device=start.device, dtype=start.dtype).view(3, 1, 1, 1)
-    moved = torch.zeros_like(start, requires_grad=True)  # in image widths: one learning rate for images of any size
+    moved = torch.zeros_like(
+        start, requires_grad=True
+    )  # in image widths, so that one learning rate suits images of any size
     optimiser = torch.optim.Adam([moved], lr=learning_rate)
     best, least = start, math.inf
     for step in range(steps + 1):
         control_points = start + moved * size
         loss = unsupervised_loss(control_points, fixed, moving, **terms)
-        if loss.item() < least:  # a loss that is no number is never less
+        if loss.item() < least:  # false where the loss is NaN
             best, least = control_points.detach(), loss.item()
         if step < steps:
             optimiser.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
@@ -76,21 +80,21 @@ def refine(
     fold_free: bool = False,
     solver: str = "adam",
 ) -> Registration:
-    """The registration with its control points optimised for this pair; its loss is never above what it was.
+    """Optimise the control points of a registration for its pair. The loss never increases.
 
-    fixed, moving   (B, 1, W, H, D) in [0, 1]; each case is refined on its own
-    steps           of Adam, the learning rate falling linearly to zero; the best control points seen are kept. Of
-                    Gauss-Newton the most on each of its levels
-    learning_rate   of Adam, in image widths a step
+    fixed, moving   (B, 1, W, H, D) in [0, 1]; each case is refined separately
+    steps           number of Adam steps, during which the learning rate falls linearly to zero; the control points with
+                    the smallest loss are kept. For Gauss-Newton: largest number of steps on each level
+    learning_rate   of Adam, in image widths per step
     similarity      one of ``losses.SIMILARITIES``, as in training
     bending_weight  None: the paper's, scaled to the image (``default_bending_weight``)
     upsampling      the network's
-    fold_free       the network's; control points are kept within ``upsampling.displacement_bound``
-    solver          "adam", or "gauss-newton" for the similarities of ``gauss_newton.SIMILARITIES``: less time, same loss
+    fold_free       the network's; if True, control points stay within ``upsampling.displacement_bound``
+    solver          "adam", or "gauss-newton" for the similarities of ``gauss_newton.SIMILARITIES``: faster, same loss
 
-    Works inside ``torch.inference_mode`` and ``no_grad`` too. What is given stays as it is; ``sigma`` is passed on.
-    ValueError without control points, or those of another upsampling or outside the bound of ``fold_free``; on a
-    negative number of steps, shapes that do not fit, or unknown names.
+    It works inside ``torch.inference_mode`` and ``no_grad`` too. The arguments are not changed; the result has the same
+    ``sigma``. ValueError if there are no control points, if the field was made by another upsampling, if control points
+    lie outside the bound of ``fold_free``, on a negative number of steps, on shapes that do not fit, and on unknown names.
     """
     if registration.control_points is None:
         raise ValueError("the registration has no control points to refine; expected one of a method with a grid")
@@ -114,7 +118,7 @@ def refine(
     tolerance = FIELD_TOLERANCE * float(start.detach().abs().max())
     if not torch.allclose(registration.displacement, upsample(start, shape, upsampling), rtol=0, atol=tolerance):
         raise ValueError(
-            f"the displacement is not the control points' by upsampling {upsampling!r}; expected the network's"
+            f"the displacement does not follow from the control points by upsampling {upsampling!r}; expected the network's"
         )
     bound = None
     if fold_free:
@@ -126,7 +130,7 @@ def refine(
     if steps == 0:
         return registration
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(fixed.device.type, enabled=False):
-        # clones: what was made in inference mode cannot take part in a gradient
+        # clones, as tensors of inference mode cannot take part in a gradient
         start, fixed, moving = (t.detach().clone() for t in (registration.control_points, fixed, moving))
         weight = default_bending_weight(shape) if bending_weight is None else bending_weight
         terms = {"similarity": similarity, "bending_weight": weight, "upsampling": upsampling}

@@ -1,11 +1,11 @@
-"""Conventions of GridReg, and the few functions that everything else stands on.
+"""Conventions of GridReg, and the functions that implement them: warp, transform_points, sample.
 
 Arrays
     Volumes are canonical RAS, axes (i, j, k) = (x, y, z); tensors are (B, C, W, H, D).
 Displacement field
     Shape (B, 3, W, H, D). Channel a is along array axis a, **in voxels of the fixed grid**. It is a
-    pull-back: warped(x) = moving(x + u(x)) for x on the fixed grid (paper, section 3.1). Millimetres
-    only where a name ends in ``_mm``.
+    pull-back: warped(x) = moving(x + u(x)) for x on the fixed grid (paper, section 3.1). A length is
+    in mm only where its name ends in ``_mm``.
 Control points
     A grid of (gw, gh, gd) control points includes the corners of the image: linspace(0, n - 1, g)
     per axis. Control-point displacements have shape (B, 3, gw, gh, gd), in voxels of the fixed grid.
@@ -28,7 +28,7 @@ Shape = tuple[int, int, int]
 
 
 def as_shape(size: int | Shape, name: str = "size") -> Shape:
-    """One integer or three as three integers. ValueError if that is not what ``size`` holds."""
+    """A size as three integers, of one integer or three. ValueError on another number of them."""
     triple = (size,) * 3 if isinstance(size, int) else tuple(int(n) for n in size)
     if len(triple) != 3:
         raise ValueError(f"{name} must be one integer or three, found {size!r}")
@@ -36,14 +36,14 @@ def as_shape(size: int | Shape, name: str = "size") -> Shape:
 
 
 def check_volume(volume: Tensor, channels: int | None, name: str) -> None:
-    """ValueError unless ``volume`` is (B, channels, W, H, D); ``channels=None`` admits any number."""
+    """Raise ValueError unless ``volume`` is (B, channels, W, H, D); ``channels=None`` allows any number."""
     wanted = f"(B, {'C' if channels is None else channels}, W, H, D)"
     if volume.dim() != 5 or (channels is not None and volume.shape[1] != channels):
         raise ValueError(f"{name} must have shape {wanted}, found {tuple(volume.shape)}")
 
 
 def check_grid_size(grid_size: int | Shape, shape: Shape) -> Shape:
-    """The grid size as a triple. ValueError below 2 control points, or more of them than voxels, on an axis."""
+    """The grid size as three integers. ValueError if an axis has fewer than 2 control points, or more than voxels."""
     grid_size = as_shape(grid_size, "grid_size")
     if any(g < 2 for g in grid_size) or any(g > n for g, n in zip(grid_size, shape)):
         raise ValueError(
@@ -53,26 +53,26 @@ def check_grid_size(grid_size: int | Shape, shape: Shape) -> Shape:
 
 
 def voxel_coordinates(shape: Shape, device=None, dtype=torch.float32) -> Tensor:
-    """(3, W, H, D) coordinates, in voxels, of every voxel of a grid of that shape."""
+    """(3, W, H, D) coordinates in voxels of every voxel of a grid of ``shape``."""
     axes = [torch.arange(n, device=device, dtype=dtype) for n in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def control_point_coordinates(grid_size: Shape, shape: Shape, device=None, dtype=torch.float32) -> Tensor:
-    """(3, gw, gh, gd) coordinates, in voxels of an image of ``shape``, of the control points."""
+    """(3, gw, gh, gd) coordinates of the control points, in voxels of an image of ``shape``."""
     axes = [torch.linspace(0, n - 1, g, device=device, dtype=dtype) for g, n in zip(grid_size, shape)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def _sampling_dtype(device: torch.device) -> torch.dtype:
-    """float64 on a CPU: in float32 the rounding of [-1, 1] moves voxel 127 by 1e-5 voxels."""
+    """float64 on a CPU, where rounding [-1, 1] in float32 would move voxel 127 by 1e-5 voxels; float32 on a GPU."""
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def sample(volume: Tensor, coordinates: Tensor, mode: str = "linear") -> Tensor:
     """Read ``volume`` (B, C, W, H, D) at normalised ``coordinates`` (B, w, h, d, 3), last axis first (z, y, x).
 
-    Beyond the border the border's value is read. ``mode`` is "linear" or "nearest". Returns (B, C, w, h, d).
+    Outside the image the value at the border is used. ``mode`` is "linear" or "nearest". Returns (B, C, w, h, d).
     """
     by_slice = fast.can_sample_by_slice(volume)
     read = volume.to(coordinates.dtype)
@@ -88,10 +88,10 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
     """warped(x) = moving(x + u(x)), x on the fixed grid (paper, section 3.1).
 
     moving        (B, C, W', H', D') image, or label map with ``mode="nearest"``
-    displacement  (B, 3, W, H, D) in voxels; of the moving grid, should the two sizes differ
+    displacement  (B, 3, W, H, D) in voxels; in voxels of the moving grid if the two sizes differ
     returns       (B, C, W, H, D)
 
-    ValueError on other shapes, batches that differ, or another mode.
+    ValueError on other shapes, batches that differ, another mode, or integers with mode "linear".
     """
     check_volume(moving, None, "moving")
     check_volume(displacement, 3, "displacement")
@@ -114,11 +114,13 @@ def warp(moving: Tensor, displacement: Tensor, mode: str = "linear") -> Tensor:
 
 
 def transform_points(points: Tensor, displacement: Tensor) -> Tensor:
-    """Carry points of the fixed image to the moving image: y = x + u(x), u read linearly at x.
+    """Transform points of the fixed image to the moving image: y = x + u(x), with u interpolated linearly at x.
 
     points        (B, N, 3) in voxels of the fixed grid, in the order of the array axes
     displacement  (B, 3, W, H, D) in voxels
     returns       (B, N, 3) in voxels
+
+    ValueError on other shapes.
     """
     check_volume(displacement, 3, "displacement")
     if points.dim() != 3 or points.shape[-1] != 3 or points.shape[0] != displacement.shape[0]:

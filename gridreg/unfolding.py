@@ -1,8 +1,8 @@
-"""Folds of a displacement field, found and taken out, where control points moved freely.
+"""Find the folds of a displacement field, and remove them by smoothing control points.
 
-The bound of ``upsampling.displacement_bound`` forbids folds, at the price of reach: no control point moves by half a
-spacing. On a fine grid that is less than anatomies differ. ``unfold`` lets the control points move as they will, and then
-smooths those around a fold, and only those, until no fold is left.
+The bound of ``upsampling.displacement_bound`` forbids folds, but no control point can then move by half a spacing. On a
+fine grid this is less than anatomies differ. ``unfold`` works without the bound: it smooths the control points around a
+fold, and only those, until no fold is left.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from gridreg.spatial import Shape, check_volume
 from gridreg.upsampling import apply_along_axes, basis, upsample
 
-LEAST_VOLUME = 0.01  # of a cell; less counts as a fold, so that rounding makes none
-ROUNDS = 200
-TOUCHED = 0.5  # summed weight of a control point at the voxels of folds from which on it is smoothed, in round 1
-SHARE = 0.25  # of the neighbours' mean
+LEAST_VOLUME = 0.01  # relative to the undeformed cell; a smaller volume counts as a fold, as a margin for rounding
+MAX_ROUNDS = 200
+SMOOTHED_WEIGHT = 0.5  # in round 1, a control point is smoothed if its summed weight at folded voxels is above this
+SMOOTHING = 0.25  # weight of the neighbours' mean in a smoothed control point
 
 
 def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
-    """(W, H, D) bool: voxels at a fold of x + u(x), for u (3, W, H, D) in voxels. Two definitions, either counts.
+    """(W, H, D) bool: voxels at a fold of x + u(x), for u (3, W, H, D) in voxels. A fold meets either definition:
 
-    - A tetrahedron is turned over: each cell of eight voxels is cut into six, in two mirror-image ways
+    - A tetrahedron is mirrored: each cell of eight voxels is cut into six tetrahedra, in two mirror-image ways
       (``metrics.nondiffeomorphic_percent``). All eight voxels are marked.
     - det J ≤ 0 with central differences (``metrics.folding_percent``).
 
-    where: (W, H, D) bool, voxels at which to look; None: everywhere. Only steep cells are looked at.
+    where: (W, H, D) bool, the voxels to test; None: all. Cells that cannot fold are skipped (``_steep_cells``).
     """
     shape, device = displacement.shape[1:], displacement.device
     marked = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -42,7 +42,7 @@ def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
         return marked
 
     def moved(voxels: Tensor) -> Tensor:
-        """(..., 3) where the voxels go."""
+        """x + u(x) of voxels x (..., 3)."""
         return displacement[:, voxels[..., 0], voxels[..., 1], voxels[..., 2]].movedim(0, -1) + voxels
 
     around = cells[:, None] + corners  # (K, 8, 3)
@@ -73,7 +73,7 @@ def folds(displacement: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def _steep_cells(displacement: Tensor) -> Tensor:
-    """(W - 1, H - 1, D - 1) bool: cells whose edges do not exclude a fold.
+    """(W - 1, H - 1, D - 1) bool: cells in which the differences along the edges do not rule out a fold.
 
     With G_ab = ∂u_a/∂x_b and A = I + G, det A ≥ m³ if every eigenvalue of (A + Aᵀ) / 2 is at least m > 0, and each is at
     least the smallest over a of 1 + G_aa - Σ_b≠a |G_ab + G_ba| / 2 (Gershgorin).
@@ -97,23 +97,25 @@ def _steep_cells(displacement: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unfold(control_points: Tensor, shape: Shape, upsampling: str = "trilinear") -> Tensor:
-    """Control points (1, 3, gw, gh, gd), in voxels, whose field folds nowhere; the same ones where it never did.
+    """Control points (1, 3, gw, gh, gd) in voxels whose field has no folds; unchanged if it had none.
 
     Each round averages the control points around folds with their neighbours. ValueError on other shapes, and
-    RuntimeError if folds are left after ``ROUNDS``.
+    RuntimeError if folds are left after ``MAX_ROUNDS``.
     """
     check_volume(control_points, 3, "control_points")
     back = [basis(n, g, upsampling, control_points.device).T for n, g in zip(shape, control_points.shape[2:])]
     field = upsample(control_points, shape, upsampling)[0]
     marked = folds(field)
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, MAX_ROUNDS + 1):
         if not marked.any():
             return control_points
-        touched = apply_along_axes(marked[None, None].float(), back) > TOUCHED / number  # farther and farther around
+        touched = (
+            apply_along_axes(marked[None, None].float(), back) > SMOOTHED_WEIGHT / number
+        )  # a wider surrounding in each round
         smooth = F.avg_pool3d(F.pad(control_points, (1,) * 6, mode="replicate"), 3, 1)
-        control_points = torch.where(touched, torch.lerp(control_points, smooth, SHARE), control_points)
+        control_points = torch.where(touched, torch.lerp(control_points, smooth, SMOOTHING), control_points)
         before, field = field, upsample(control_points, shape, upsampling)[0]
         changed = (field != before).any(0)
         changed = F.max_pool3d(changed[None, None].float(), 3, 1, 1)[0, 0] > 0  # differences reach one voxel further
         marked = (marked & ~changed) | folds(field, changed)
-    raise RuntimeError(f"found folds after {ROUNDS} rounds of smoothing, expected none")
+    raise RuntimeError(f"found folds after {MAX_ROUNDS} rounds of smoothing, expected none")

@@ -1,7 +1,7 @@
 """From control points to a dense displacement field (paper, section 3.2, "Transformation interpolation").
 
-T↑(x) = Σ_ijk B_x(i) B_y(j) B_z(k) T_ijk is linear and separable, so each axis is one small (n, g) matrix and a
-field is three small matrix products: the dense basis is never formed.
+T↑(x) = Σ_ijk B_x(i) B_y(j) B_z(k) T_ijk is linear and separable. Each axis has one small (n, g) matrix, and a field takes
+three small matrix products. The dense basis is never formed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gridreg.spatial import Shape, as_shape, check_grid_size, check_volume
 
 METHODS = ("trilinear", "bspline", "deconv")
 
-# Width of the Gaussian basis in control spacings. A cubic B-spline has variance 1/3 of a squared spacing.
+# Standard deviation of the Gaussian basis in control spacings. The cubic B-spline has the same variance, 1/3.
 GAUSSIAN_WIDTH = 3**-0.5
 
 
@@ -31,9 +31,9 @@ def _linear_basis(n: int, g: int) -> np.ndarray:
 def _bspline_basis(n: int, g: int) -> np.ndarray:
     """Clamped cubic B-spline (degree g - 1 below four control points), by Cox-de Boor recursion in SciPy.
 
-    With clamped knots the i-th basis function is not centred on the i-th point of a uniform lattice. The knot
-    parameter t is therefore chosen at each voxel such that Σ_i B_i(t) i = x: the control points then sit where
-    the conventions put them, and a linear field is reproduced exactly.
+    With clamped knots the i-th basis function is not centred on the i-th point of a uniform lattice. The knot parameter t
+    is therefore chosen at each voxel such that Σ_i B_i(t) i = x. The control points then lie where the conventions of
+    ``spatial`` put them, and a linear field is reproduced exactly.
     """
     degree = min(3, g - 1)
     knots = np.concatenate([np.zeros(degree), np.linspace(0, 1, g - degree + 1), np.ones(degree)])
@@ -42,7 +42,7 @@ def _bspline_basis(n: int, g: int) -> np.ndarray:
     wanted = np.linspace(0, g - 1, n)
     low, high = np.zeros(n), np.ones(n)
     t = np.linspace(0, 1, n)
-    for _ in range(100):  # Newton, kept inside a shrinking bracket: position is strictly increasing
+    for _ in range(100):  # Newton steps inside a shrinking bracket, as the position increases strictly with t
         error = position(t) - wanted
         low, high = np.where(error < 0, t, low), np.where(error > 0, t, high)
         step = t - error / np.maximum(velocity(t), 1e-12)
@@ -53,7 +53,7 @@ def _bspline_basis(n: int, g: int) -> np.ndarray:
 
 
 def _gaussian_basis(n: int, g: int) -> np.ndarray:
-    """Rows of the transposed convolution with a Gaussian kernel, stride one control spacing, normalised."""
+    """Transposed convolution with a Gaussian kernel and a stride of one control spacing; rows are normalised to sum 1."""
     spacings = np.linspace(0, g - 1, n)[:, None] - np.arange(g)
     weights = np.exp(-(spacings**2) / (2 * GAUSSIAN_WIDTH**2))
     return weights / weights.sum(1, keepdims=True)
@@ -63,7 +63,7 @@ _BASES = {"trilinear": _linear_basis, "bspline": _bspline_basis, "deconv": _gaus
 
 
 @lru_cache(maxsize=128)
-@torch.inference_mode(False)  # what is cached must serve a training too
+@torch.inference_mode(False)  # a cached tensor must also be usable in training
 def basis(n: int, g: int, method: str = "trilinear", device=None, dtype=torch.float32) -> Tensor:
     """(n, g) weights of g control points at n voxels along one axis. ValueError on an unknown method."""
     if method not in _BASES:
@@ -72,9 +72,9 @@ def basis(n: int, g: int, method: str = "trilinear", device=None, dtype=torch.fl
 
 
 def apply_along_axes(volume: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Contract the three last axes of ``volume`` (..., a, b, c) with matrices (A, a), (B, b), (C, c).
+    """Multiply the last three axes of ``volume`` (..., a, b, c) by matrices (A, a), (B, b), (C, c): (..., A, B, C).
 
-    Never in reduced precision: in bfloat16 a displacement of 10 voxels is off by 0.1.
+    Autocast is switched off, since in bfloat16 a displacement of 10 voxels would be wrong by 0.1 voxels.
     """
     first, second, third = matrices
     with torch.autocast(volume.device.type, enabled=False):
@@ -84,7 +84,7 @@ def apply_along_axes(volume: Tensor, matrices: list[Tensor]) -> Tensor:
 
 
 def apply_channels_last(volume: Tensor, matrices: list[Tensor]) -> Tensor:
-    """The same for volumes (B, a, b, c, C), whose channels stand last: (B, A', B', C', C)."""
+    """``apply_along_axes`` for volumes (B, a, b, c, C) with channels last: (B, A', B', C', C)."""
     first, second, third = matrices
     batch, _, b, c, channels = volume.shape
     with torch.autocast(volume.device.type, enabled=False):
@@ -94,12 +94,14 @@ def apply_channels_last(volume: Tensor, matrices: list[Tensor]) -> Tensor:
 
 
 def upsample(control_points: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
-    """Dense field of control-point values; differentiable.
+    """Dense field from control-point values; differentiable (paper, section 3.2).
 
     control_points  (B, C, gw, gh, gd); for displacements C = 3, in voxels
     shape           (W, H, D) of the image; it need not be a multiple of the grid
     method          "trilinear", "bspline" (clamped cubic) or "deconv" (transposed-convolution Gaussian)
     returns         (B, C, W, H, D), same units
+
+    ValueError on another shape or method.
     """
     check_volume(control_points, None, "control_points")
     shape = as_shape(shape, "shape")
@@ -111,11 +113,11 @@ def upsample(control_points: Tensor, shape: int | Shape, method: str = "trilinea
 
 
 def upsample_sigma(sigma: Tensor, shape: int | Shape, method: str = "trilinear") -> Tensor:
-    """Dense standard deviation of a displacement whose control points vary independently.
+    """Dense standard deviation of a displacement whose control points are independent.
 
     sigma (B, C, gw, gh, gd) → (B, C, W, H, D), same units. The variance of a weighted sum is the sum of the squared
-    weights times the variances. Neglected is the correlation between control points: neighbours err together, so
-    between control points (where the weights are spread) the result is too small rather than too large.
+    weights times the variances. This neglects correlations. The errors of neighbouring control points are usually
+    correlated, so between control points the result is rather too small than too large.
     """
     check_volume(sigma, None, "sigma")
     shape = as_shape(shape, "shape")
@@ -125,7 +127,7 @@ def upsample_sigma(sigma: Tensor, shape: int | Shape, method: str = "trilinear")
 
 # ---- The bound that forbids folds (after Choi & Lee 2000) ------------------------------------------------------------
 #
-# Measure every axis in control spacings. If Σ_b |∂u_a/∂x_b| < 1 for each component a, then u is a contraction in the max
+# Let every axis be measured in control spacings. If Σ_b |∂u_a/∂x_b| < 1 for each component a, then u is a contraction in the max
 # norm and x → x + u(x) is one-to-one with det J > 0: φ(x) = φ(y) would mean |x - y| = |u(x) - u(y)| < |x - y|.
 # With u_a = Σ_c d_ac φ_c and |d_ac| ≤ r_c that sum is at most
 #
@@ -133,28 +135,29 @@ def upsample_sigma(sigma: Tensor, shape: int | Shape, method: str = "trilinear")
 #
 # and control points at the bound attain it. For uniform B-splines and equal r_c its largest value over x is r · 2.4795:
 # the bound of 0.4033 spacings of Choi & Lee, "Injectivity conditions of 2D and 3D uniform cubic B-spline functions",
-# Graphical Models 62, 2000. Our spline is clamped. Its derivative is larger at the border, where equal r_c would have to
-# be 1/6 of a spacing (the corner voxel: ∇φ is that of trilinear interpolation), so r_c = w_i w_j w_k / K with weights
-# ``BORDER_WEIGHTS`` at the two outer control points of each axis, and only these move less. K is the larger of
+# Graphical Models 62, 2000. Our spline is clamped, and its derivative is larger at the border. Equal r_c would have to be
+# 1/6 of a spacing because of the corner voxel, where ∇φ is that of trilinear interpolation. We therefore take
+# r_c = w_i w_j w_k / K with weights ``BORDER_WEIGHTS`` at the two outer control points of each axis. Only these points
+# are restricted further. K is the larger of two numbers:
 #
-# - ``SPLINE_SUM``, for the continuous spline at any number of voxels. Two intervals from the border the basis is the
-#   uniform one, so grids of 8 and more share a value. It was found on a fine lattice, with a bound on the values between
-#   its points (second derivatives); the tests repeat this;
-# - the largest sum over the voxels at hand, with differences along the edges of a cell for derivatives. It covers the
-#   field as it is delivered: read linearly between voxels, as ``transform_points`` reads it; by central differences,
-#   which are means of those along edges (``metrics.folding_percent``); and on the tetrahedra of
-#   ``metrics.nondiffeomorphic_percent``. Both metrics are 0. Coarse voxels cost something here: a fifth of the bound
-#   at one voxel a spacing, 3 % at 3.4, nothing from 7 on.
+# - ``SPLINE_SUM``, which holds for the continuous spline at any number of voxels. Two intervals away from the border the
+#   basis is the uniform one, so grids of 8 and more share a value. It was computed on a fine lattice, with a bound on the
+#   values between lattice points from second derivatives. The tests repeat this computation.
+# - the largest sum over the voxels of the image, with differences along the edges of a cell as derivatives. This covers
+#   the discrete field in three readings: linear interpolation between voxels (``transform_points``), central differences,
+#   which are means of differences along edges (``metrics.folding_percent``), and the tetrahedra of
+#   ``metrics.nondiffeomorphic_percent``. Both metrics are 0. With coarse voxels this makes the bound smaller: by a fifth
+#   at one voxel per spacing, by 3 % at 3.4 voxels, and not at all from 7 voxels on.
 #
-# The price is range: a control point moves by less than half a spacing, so a fine grid suits small displacements only.
-# The reserve of 1 % keeps det J above 0 in floating point. The guarantee is for the mean displacement: a sample drawn
-# with a Bayesian model's sigma may leave the bound.
+# The bound limits the range: a control point moves by less than half a spacing, so a fine grid allows only small
+# displacements. The reserve of 1 % keeps det J above 0 in floating point. The guarantee holds for the mean displacement;
+# a sample drawn with the sigma of a Bayesian model may leave the bound.
 
-BORDER_WEIGHTS = (2 / 3, 0.9)  # of the first and second control point from the border; 1 further inside
+BORDER_WEIGHTS = (2 / 3, 0.9)  # of the first and second control point from the border; the others have 1
 SPLINE_SUM = {2: 1.8, 3: 2.15, 4: 2.15, 5: 2.15, 6: 2.25}  # K of the continuous spline, by the largest grid size
 SPLINE_SUM_BEYOND = 2.5  # for larger grids
-RESERVE = 0.99  # share of the bound that is used
-LARGEST_RATIO = 1e15  # of a control point to its bound; the square of a larger one would overflow in single precision
+RESERVE = 0.99  # fraction of the bound that is used
+LARGEST_RATIO = 1e15  # of a control point to its bound; the square of a larger ratio would overflow in single precision
 
 
 def _weights(g: int) -> Tensor:
@@ -166,9 +169,9 @@ def _weights(g: int) -> Tensor:
 
 
 def _cells(n: int, g: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Weighted basis at both ends of each of the n - 1 cells, and its difference per control spacing.
+    """Weighted basis at both ends of the first half of the n - 1 cells, and its difference per control spacing.
 
-    Each is (cells, control points that reach the cell). The basis is symmetric: half of the cells are enough.
+    Each is (cells, control points that reach the cell). The basis is symmetric, so half of the cells are enough.
     """
     half = n // 2
     values = basis(n, g, "bspline", dtype=torch.float64) * _weights(g)
@@ -184,9 +187,10 @@ def _cells(n: int, g: int, device: torch.device) -> tuple[tuple[Tensor, Tensor],
 def _largest_sum(grid_size: Shape, shape: Shape, device: torch.device) -> float:
     """Largest Σ_c w_c |s · ∇φ_c| over cells and signs; ∂φ_c along an axis is a difference along a cell's edge.
 
-    Which edges: the three at one corner (the sum is convex in each coordinate inside a cell, so that corners are the
-    worst of the trilinear field), or three that follow one another from a corner to the opposite one (tetrahedra).
-    Written per axis, the two edges across it are at the same end of the cell, for all axes or all but one.
+    Two sets of edges count. The three edges at one corner bound the trilinear field: inside a cell the sum is convex in
+    each coordinate, so it is largest at a corner. Three consecutive edges from a corner to the opposite one bound the
+    tetrahedra. In the loop, the edges along the two other axes lie at the same end of an axis: of every axis, or of all
+    but one.
     """
     (x, dx), (y, dy), (z, dz) = (_cells(n, g, device) for n, g in zip(shape, grid_size))
     signs = torch.tensor([[1, a, b] for a, b in product((1, -1), repeat=2)], device=device, dtype=torch.float32)
@@ -204,7 +208,7 @@ def _largest_sum(grid_size: Shape, shape: Shape, device: torch.device) -> float:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is cached must serve a training too
+@torch.inference_mode(False)  # a cached tensor must also be usable in training
 def _bound(grid_size: Shape, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.autocast(device.type, enabled=False):
         largest = max(SPLINE_SUM.get(max(grid_size), SPLINE_SUM_BEYOND), _largest_sum(grid_size, shape, device))
@@ -216,21 +220,21 @@ def _bound(grid_size: Shape, shape: Shape, device: torch.device, dtype: torch.dt
 def displacement_bound(
     grid_size: int | Shape, shape: int | Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(3, gw, gh, gd) largest |displacement| of each control point in voxels; within it a B-spline field cannot fold.
+    """(3, gw, gh, gd) largest |displacement| of each control point in voxels, within which a B-spline field cannot fold.
 
-    Cached. The first call of a grid and shape takes seconds from about 128³ voxels on. ValueError on a grid that does
-    not fit the image.
+    The result is cached. The first call for a grid and a shape takes seconds from about 128³ voxels on. ValueError on a
+    grid that does not fit the image.
     """
     shape = as_shape(shape, "shape")
     return _bound(check_grid_size(grid_size, shape), shape, torch.device(device), dtype)
 
 
 def bounded(control_points: Tensor, shape: int | Shape) -> Tensor:
-    """Control points c (B, 3, gw, gh, gd) in voxels, pressed into the bound r: c / √(1 + (c / r)²).
+    """Control points c (B, 3, gw, gh, gd) in voxels, mapped into the bound r: c / √(1 + (c / r)²).
 
-    Smooth, the identity to second order near zero, and with a slope that fades slowly (as c⁻³, where that of tanh is
-    lost in rounding ten bounds out), so that a network that starts outside can learn its way back. Infinite control
-    points end at the bound.
+    The map is smooth, and near zero it is the identity to second order. Its slope decreases slowly, as c⁻³, so a network
+    that starts outside the bound can still learn. The slope of tanh would vanish in rounding at ten times the bound.
+    Infinite control points end at the bound.
     """
     check_volume(control_points, 3, "control_points")
     bound = displacement_bound(tuple(control_points.shape[2:]), shape, control_points.device, control_points.dtype)

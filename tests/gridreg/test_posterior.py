@@ -178,7 +178,7 @@ def test_twice_the_same(monkeypatch):
     "change, message",
     [
         ({"similarity": "mi"}, "mse or ncc, found 'mi'"),
-        ({"moving": torch.zeros(1, 1, 4, 4, 4)}, "expected one pair of a shape"),
+        ({"moving": torch.zeros(1, 1, 4, 4, 4)}, "expected one pair of the same shape"),
         ({"registration": Registration(torch.zeros(1, 3, *SHAPE), None)}, "control points of one pair"),
     ],
 )

@@ -175,7 +175,9 @@ def test_what_a_fold_free_network_answers_is_refined_and_what_lies_outside_the_b
 def test_control_points_of_another_upsampling_are_refused(made, read):
     fixed, moving, _ = textured_pair(SHAPE)
     start = registration_of(torch.randn(1, 3, *GRID, generator=torch.Generator().manual_seed(0)), upsampling=made)
-    with pytest.raises(ValueError, match=f"not the control points' by upsampling '{read}'; expected the network's"):
+    with pytest.raises(
+        ValueError, match=f"does not follow from the control points by upsampling '{read}'; expected the network's"
+    ):
         refine(start, fixed, moving, upsampling=read)
 
 

@@ -85,7 +85,7 @@ class Explorer(widgets.VBox):
     sources       what can be opened, by name
     start         the name to begin with; None: the first
     out           where "Save" writes
-    error_figure  what "error against σ" shows of a registered pair, or None where its error is not known
+    error_figure  draws a registered pair for "error against σ", None where its error is not known; without it, no such box
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Explorer(widgets.VBox):
         sources: Mapping[str, Source],
         start: str | None = None,
         out: Path | str = "explored",
-        error_figure: Callable[[Registered], NotebookFigure | None] = lambda registered: None,
+        error_figure: Callable[[Registered], NotebookFigure | None] | None = None,
     ):
         start = next(iter(sources), None) if start is None else start
         if start not in sources:
@@ -110,14 +110,13 @@ class Explorer(widgets.VBox):
         self.vectors = widgets.Dropdown(options=VECTORS, description="motion")
         self.frame = widgets.IntSlider(0, 0, FRAMES - 1, description="frame", style={"description_width": "50px"})
         self.play = widgets.Play(min=0, max=FRAMES - 1, interval=500, description="play")
-        self.errors = widgets.Checkbox(False, description="error against σ")
+        hidden = {} if error_figure else {"display": "none"}
+        self.errors = widgets.Checkbox(False, description="error against σ", layout=hidden)
         self.button = widgets.Button(description="Save as NIfTI", icon="save")
         self.said, self.found, self.caption, self.picture = widgets.HTML(), widgets.HTML(), widgets.HTML(), Picture()
         self.reliability = widgets.Image(format="png", layout={"display": "none", "max_width": "100%"})
-        upper, lower = (
-            [self.dataset, self.pair, self.grid, *self.crosshair, self.comparison],
-            [self.overlay, self.opacity, self.vectors],
-        )
+        upper = [self.dataset, self.pair, self.grid, *self.crosshair, self.comparison]
+        lower = [self.overlay, self.opacity, self.vectors]
         for control in upper + lower:
             control.layout.width, control.style.description_width = "340px", "88px"
         left = [*upper, widgets.HBox([self.play, self.frame]), *lower, self.errors, self.button, self.found]
@@ -226,7 +225,7 @@ class Explorer(widgets.VBox):
             self._draw()
 
     def _show_errors(self) -> None:
-        figure = self.error_figure(self.registered) if self.errors.value else None
+        figure = self.error_figure(self.registered) if self.errors.value and self.error_figure else None
         if figure is not None:
             self.reliability.value = figure.png()
         elif self.errors.value:

@@ -7,7 +7,7 @@ explorer take it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,36 +113,33 @@ def read_pair(
         raise refused(fixed, "the same file as fixed and moving image", "two scans")
     scans = tuple(map(Scan, paths))
     title = f"{paths[0].name} ← {paths[1].name}"
-    return prepare_pair(title, scans, shape, spacing_mm, affine_reference, start=start, intensity=intensity)
+    target = Target(tuple(shape), float(spacing_mm), intensity=intensity)
+    return prepare_pair(title, scans, target, affine_reference, start)
 
 
 def prepare_pair(
     title: str,
     scans: tuple[Scan, Scan],
-    shape: tuple[int, int, int],
-    spacing_mm: float,
+    target: Target,
     affine_reference: Path | str | None = None,
-    labels: list[int] | None = None,
     start: str | None = None,
-    intensity: Intensity = Intensity(),
 ) -> Pair:
-    """Two scans with what belongs to them on a grid. ``labels``: those to keep (None: all); the rest as in ``read_pair``."""
+    """Two scans with what belongs to them on a grid, ``affine_reference`` and ``start`` as in ``read_pair``.
+
+    With a reference, the centre of the grid is that of the reference.
+    """
     if start not in (*STARTS, None):
         raise refused("start", repr(start), f"one of {', '.join(STARTS)}")
-    target = Target(tuple(shape), float(spacing_mm))
     if affine_reference is None:
-        loaded = [read_normalised(scan.image, intensity) for scan in scans]
+        loaded = [read_normalised(scan.image, target.intensity) for scan in scans]
         maps, notes = _to_source(loaded, target, start)
-        prepared = [prepare(scan, *each, target, to_source, labels, intensity)
-                    for scan, each, to_source in zip(scans, loaded, maps)]  # fmt: skip
-        return as_pair(title, scans, target, prepared, notes)
+        return as_pair(title, scans, target, list(map(prepare, scans, loaded, [target] * 2, maps)), notes)
     if start not in ("affine", None):
         raise refused("start", f"{start!r} and an affine_reference", "affine or null beside one")
     reference = read_reference(affine_reference)
-    target = Target(target.shape, target.spacing_mm, tuple(reference.centre))
+    target = replace(target, centre_mm=tuple(reference.centre))
     with fresh_processes(1) as pool:  # alignment is only reproducible in a process in which ITK has not run yet
-        jobs = [pool.submit(prepare_scan, scan, target, labels, reference, None, intensity) for scan in scans]
-        prepared = [job.result() for job in jobs]
+        prepared = list(pool.map(prepare_scan, scans, [target] * 2, [reference] * 2))
     note = "millimetres shown here are those of the reference, to which both scans were aligned"
     return as_pair(title, scans, target, prepared, (note,))
 

@@ -28,7 +28,7 @@ from nibabel.affines import from_matvec
 from gridreg.errors import refused
 from gridreg.scans.align import Reference, align, content_box
 from gridreg.scans.geometry import NOT_ORIENTED, apply_affine
-from gridreg.scans.intensity import Intensity, read_normalised
+from gridreg.scans.intensity import Intensity, Loaded, read_normalised
 from gridreg.scans.landmarks import inside, read_landmarks
 from gridreg.scans.resample import resample_image, resample_labels
 from gridreg.scans.volumes import Volume, read_labels, times
@@ -38,11 +38,13 @@ LITTLE_KEPT = 0.5  # share of a scan's intensity inside the grid below which its
 
 @dataclass(frozen=True)
 class Target:
-    """The grid every scan is brought to."""
+    """What every scan is brought to: a grid, the labels to keep (None: all; others become background), and intensities."""
 
     shape: tuple[int, int, int]
     spacing_mm: float
     centre_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)  # world RAS
+    labels: tuple[int, ...] | None = None
+    intensity: Intensity = Intensity()
 
     @property
     def affine(self) -> np.ndarray:
@@ -88,47 +90,30 @@ class Prepared:
 
 
 def prepare_scan(
-    scan: Scan,
-    target: Target,
-    labels: list[int] | None = None,
-    reference: Reference | None = None,
-    centre_mm: np.ndarray | None = None,
-    intensity: Intensity = Intensity(),
+    scan: Scan, target: Target, reference: Reference | None = None, centre_mm: np.ndarray | None = None
 ) -> Prepared:
     """Read one scan and bring it to the target grid.
 
-    labels     those to keep, the others become background (None: all)
     reference  what the scan is aligned to, or None
     centre_mm  without a reference: (3,) world RAS mm of the scan that comes to the centre of the grid (``start``); None: the
                scan's own centre
 
     Raises InputError for a file that cannot be used, and where image, mask or a landmark lies outside the grid.
     """
-    volume, image = read_normalised(scan.image, intensity)
-    notes: tuple[str, ...] = ()
+    volume, image = loaded = read_normalised(scan.image, target.intensity)
     if reference is not None:
         if reference.oriented and not volume.geometry.oriented:
             expected = f"one for the alignment to {reference.name}: the scan could be mirrored"
             raise refused(scan.image, NOT_ORIENTED, expected)
-        to_source = align(image, volume.affine, reference, str(scan.image))
-    elif centre_mm is not None:
-        to_source = placed(target, centre_mm)
-    else:
-        to_source, notes = centred_on_content(volume, image, target)
-    return prepare(scan, volume, image, target, to_source, labels, intensity, notes)
+        return prepare(scan, loaded, target, align(image, volume.affine, reference, str(scan.image)))
+    if centre_mm is not None:
+        return prepare(scan, loaded, target, placed(target, centre_mm))
+    return prepare(scan, loaded, target, *centred_on_content(volume, image, target))
 
 
-def prepare(
-    scan: Scan,
-    volume: Volume,
-    image: np.ndarray,
-    target: Target,
-    to_source: np.ndarray,
-    labels: list[int] | None = None,
-    intensity: Intensity = Intensity(),
-    notes: tuple[str, ...] = (),
-) -> Prepared:
-    """Bring a scan that was read (``volume``, and ``image`` in [0, 1]) to the target grid by a known map ``to_source``."""
+def prepare(scan: Scan, loaded: Loaded, target: Target, to_source: np.ndarray, notes: tuple[str, ...] = ()) -> Prepared:
+    """Bring a scan that was read (``read_normalised``) to the target grid by a known map ``to_source``."""
+    volume, image = loaded
     notes = volume.geometry.notes + notes
     grid_to_source = np.linalg.inv(volume.affine) @ to_source @ target.affine
     crop = f"{times(target.shape)} voxels ({target.spacing_mm:g} mm) crop"
@@ -138,7 +123,7 @@ def prepare(
         raise refused(scan.image, found, "a crop that contains part of it")
     label_map, points = None, None
     if scan.label is not None:
-        stored, more = read_labels(scan.label, volume, labels, intensity.nan)
+        stored, more = read_labels(scan.label, volume, target.labels, target.intensity.nan)
         notes += more
         label_map = resample_labels(stored, grid_to_source, target.shape)
         if not label_map.any():

@@ -39,14 +39,16 @@ def demo_pair(values: dict[str, Any], dataset: str, number: int = 0, split: str 
     if not 0 <= number < len(pairs):
         raise InputError(f"dataset '{dataset}': found the {split} pair {number}, expected 0 to {len(pairs) - 1}.")
     scans = fixed, moving = tuple(cohort.subjects[name] for name in pairs[number])
-    labels, intensity, title = settings.get("labels"), _intensity(settings), f"{fixed.id} ← {moving.id}"
-    if settings.get("affine_reference") is None:
-        target = Target(tuple(settings["shape"]), float(settings["spacing_mm"]))
+    labels, title = settings.get("labels"), f"{fixed.id} ← {moving.id}"
+    target = Target(tuple(settings["shape"]), float(settings["spacing_mm"]), labels=labels and tuple(labels),
+                    intensity=_intensity(settings))  # fmt: skip
+    reference = _reference(settings)
+    if reference is None:
         start = _start(cohort, target, settings.get("start"))  # its notes are on the whole cohort, not on this pair
-        prepared = [prepare_scan(scan, target, labels, None, start.centre_mm, intensity) for scan in scans]
+        prepared = [prepare_scan(scan, target, None, start.centre_mm) for scan in scans]
         pair = as_pair(title, scans, target, prepared)
     else:
-        pair = prepare_pair(title, scans, **_grid(settings), labels=labels, intensity=intensity)
+        pair = prepare_pair(title, scans, target, reference)
     truth = None
     if (not cohort.template_per_patient or fixed.patient == moving.patient) and fixed.truth and moving.truth:
         to_voxels = np.linalg.inv(pair.affine[:3, :3])
@@ -162,14 +164,13 @@ def _settings(values: dict[str, Any], dataset: str, results: Path | str | None =
 
 
 def _two_files(settings: dict[str, Any], fixed: Path | str, moving: Path | str, start: str | None) -> Pair:
-    return read_pair(fixed, moving, **_grid(settings), start=start, intensity=_intensity(settings))
+    shape, spacing_mm = settings["shape"], settings["spacing_mm"]
+    return read_pair(fixed, moving, shape, spacing_mm, _reference(settings), start, _intensity(settings))
 
 
-def _grid(settings: dict[str, Any]) -> dict[str, Any]:
+def _reference(settings: dict[str, Any]) -> Path | str | None:
     reference = settings.get("affine_reference")
-    if reference not in (None, "mni152"):
-        reference = _from_root(reference)
-    return {"shape": settings["shape"], "spacing_mm": settings["spacing_mm"], "affine_reference": reference}
+    return reference if reference in (None, "mni152") else _from_root(reference)
 
 
 def _from_root(path: str) -> Path:

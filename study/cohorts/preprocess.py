@@ -92,17 +92,15 @@ def preprocess_dataset(
     intensity = Intensity(None if window is None else tuple(window), padding_value, nan)
     cohort = limit(read_cohort(source), max_subjects, max_pairs)
     reference = None if affine_reference is None else read_reference(affine_reference)
-    target = Target(shape, float(spacing_mm), (0.0, 0.0, 0.0) if reference is None else tuple(reference.centre))
+    centre = (0.0, 0.0, 0.0) if reference is None else tuple(reference.centre)
+    target = Target(shape, float(spacing_mm), centre, None if labels is None else tuple(labels), intensity)
     if reference is None:
         begin = choose_start([subject.image for subject in cohort.subjects.values()], target, start)
     else:
         begin = Start("affine")
 
     with whole_folder(out, check=_check_complete) as folder:
-        job = partial(
-            preprocess_subject, out=folder, target=target, labels=labels, reference=reference, start=begin,
-            intensity=intensity,
-        )  # fmt: skip
+        job = partial(preprocess_subject, out=folder, target=target, reference=reference, start=begin)
         # alignment is only reproducible in a process in which ITK has not run yet, so never in this one
         processes = workers if workers > 1 or reference is not None else 0
         records = _run(job, list(cohort.subjects.values()), processes, f"preprocess {name}" if progress else None)
@@ -133,13 +131,11 @@ def preprocess_subject(
     subject: Subject,
     out: Path,
     target: Target,
-    labels: list[int] | None = None,
     reference: Reference | None = None,
     start: Start = Start("centre"),
-    intensity: Intensity = Intensity(),
 ) -> dict:
     """Bring one subject to the target grid, write its files under ``out`` and return its entry of the index."""
-    scan = prepare_scan(subject, target, labels, reference, start.centre_mm, intensity)
+    scan = prepare_scan(subject, target, reference, start.centre_mm)
     write_volume(out / "images" / f"{subject.id}.nii.gz", scan.image, target.affine)
     # nothing may learn from the truth, and that of 3000 subjects would fill a disk
     with_truth = subject.truth is not None and subject.split != "train"

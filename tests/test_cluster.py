@@ -99,8 +99,8 @@ def test_two_processes_train_one_run_through_torchrun(folder, tmp_path):
     settings = SETTINGS | {"batch": 2 * SETTINGS["batch"]}
     with pytest.MonkeyPatch.context() as patch:  # the same pairs in one process
 
-        def draw(pairs, grids, batch, seed, step, rank):
-            halves = [real(pairs, grids, batch // 2, seed, step, rank) for rank in (0, 1)]
+        def draw(pairs, grids, batch, seed, step, rank, identical):
+            halves = [real(pairs, grids, batch // 2, seed, step, rank, identical) for rank in (0, 1)]
             return halves[0][0] + halves[1][0], halves[0][1]
 
         real = training.draw

@@ -198,7 +198,7 @@ def costs(shape: Shape, grids: list[int], settings: dict[str, Any] | None = None
     return pd.DataFrame(rows)
 
 
-# MERGED Lesson 3, the pictures: the tokens that a control point attends to, what each level adds, and what a grid costs.
+# ---- The pictures: tokens that a control point attends to, what each level adds, what a grid costs ----
 
 
 POINT = COLOURS["voxelmorph"]

@@ -123,7 +123,7 @@ def least_determinants(
     return tuple(float(jacobian_determinant(field(name, grid, s, method, 3, fold_free)).min()) for s in sizes)
 
 
-# MERGED Lesson 2, the pictures: bases along a line, warped lines with their Jacobian determinant, a warped cube, the bound.
+# ---- The pictures: bases along a line, warped lines with their Jacobian determinant, a warped cube, the bound ----
 
 
 FINE = 401  # places along a line

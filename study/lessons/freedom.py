@@ -221,7 +221,7 @@ def best_grid(world: World) -> int:
     return min(GRIDS, key=lambda grid: outcome(world, grid).total)
 
 
-# MERGED Lesson 1, the pictures: approximation and estimation error over the grid size, and where in the image they arise.
+# ---- The pictures: approximation and estimation error over the grid size, and where they arise ----
 
 
 LONGEST = 2.5  # voxels of error at the end of the colour map

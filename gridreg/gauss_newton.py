@@ -74,11 +74,7 @@ class Level:
 
 
 FROM_NETWORK = (Level(4, smoothing=1.0, coarsen=2), Level(4))  # chosen on validation pairs of the simulated cohorts
-FROM_IDENTITY = (
-    Level(6, 2.0, 4, 4),
-    Level(6, 1.0, 2, 2),
-    Level(8),
-)  # chosen on these and on affinely aligned pairs of real brains
+FROM_IDENTITY = (Level(6, 2.0, 4, 4), Level(6, 1.0, 2, 2), Level(8))  # also on affinely aligned pairs of real brains
 
 
 # ---- Similarities: each returns S and a function that gives slope and curvature at each voxel ----

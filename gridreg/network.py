@@ -18,24 +18,11 @@ from gridreg.matching import MatchingEncoder
 from gridreg.spatial import Shape, check_grid_size, check_volume
 from gridreg.upsampling import METHODS, apply_channels_last, basis, bounded, upsample
 
-WIDTHS = (
-    1,
-    2,
-    2,
-    4,
-    4,
-    8,
-    8,
-    16,
-    16,
-)  # encoder widths, in multiples of the base channels; they give the paper's parameter count
+WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)  # of the encoder, times base_channels; they give the paper's parameter count
 STRIDED_LAYERS = 4  # later layers keep the resolution
 LOCAL_LAYERS = (3, 2)  # encoder layers with attention to local windows, coarse to fine
 ENCODERS = ("pair", "match")
-LOG_VARIANCE_RANGE = (
-    -14.0,
-    0.0,
-)  # σ is at least a thousandth of half the image width, and at most half the image width
+LOG_VARIANCE_RANGE = (-14.0, 0.0)  # σ is 0.001 to 1 times half the image width
 
 
 @dataclass
@@ -88,9 +75,8 @@ class DecoderLevel(nn.Module):
         """features (B, C_l, w, h, d); carried (B, G', CHANNELS) on ``carried_grid``; returns (B, G, CHANNELS)."""
         shape, where = tuple(features.shape[2:]), (features.device, self.norm.weight.dtype)
         queries = grid_encoding(grid_size, *where)
-        tokens = self.project(features.flatten(2).transpose(1, 2)) + grid_encoding(
-            shape, *where
-        )  # P, with positional encodings
+        # P, with positional encodings
+        tokens = self.project(features.flatten(2).transpose(1, 2)) + grid_encoding(shape, *where)
         if self.coarsest:
             y = self.attention(queries, tokens[:, None])
         else:
@@ -177,9 +163,7 @@ class GridReg(nn.Module):
         grid_size = check_grid_size(grid_size, shape)
         if max(shape) <= 2**STRIDED_LAYERS:
             raise ValueError(f"images must have more than {2**STRIDED_LAYERS} voxels on some axis, found {shape}")
-        half = (
-            torch.tensor(shape, device=fixed.device)[:, None] / 2
-        )  # the heads predict in units of half the image width
+        half = torch.tensor(shape, device=fixed.device)[:, None] / 2  # heads predict in half image widths
         if isinstance(self.encoder, MatchingEncoder):
             control_points, y = self._match(fixed, moving, grid_size, half)
         else:

@@ -19,9 +19,7 @@ from gridreg.spatial import Shape, check_volume, warp
 from gridreg.upsampling import displacement_bound, upsample
 
 LEARNING_RATE = 0.005  # in image widths per step: 0.16 voxels of 32, 0.64 voxels of 128
-FIELD_TOLERANCE = (
-    1e-3  # relative to the largest control point; a field that differs by more came from another upsampling
-)
+FIELD_TOLERANCE = 1e-3  # of the largest control point; a field that differs by more has another upsampling
 BOUND_TOLERANCE = 1e-5  # relative to the bound of fold_free, which has a reserve of 1 %
 SOLVERS = ("adam", "gauss-newton")
 
@@ -46,9 +44,7 @@ def _refine_case(
 ) -> Tensor:
     """Control points (1, 3, gw, gh, gd) with the smallest loss of all steps, including the start."""
     size = torch.tensor(fixed.shape[2:], device=start.device, dtype=start.dtype).view(3, 1, 1, 1)
-    moved = torch.zeros_like(
-        start, requires_grad=True
-    )  # in image widths, so that one learning rate suits images of any size
+    moved = torch.zeros_like(start, requires_grad=True)  # in image widths: one learning rate for all image sizes
     optimiser = torch.optim.Adam([moved], lr=learning_rate)
     best, least = start, math.inf
     for step in range(steps + 1):

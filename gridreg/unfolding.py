@@ -109,9 +109,7 @@ def unfold(control_points: Tensor, shape: Shape, upsampling: str = "trilinear") 
     for number in range(1, MAX_ROUNDS + 1):
         if not marked.any():
             return control_points
-        touched = (
-            apply_along_axes(marked[None, None].float(), back) > SMOOTHED_WEIGHT / number
-        )  # a wider surrounding in each round
+        touched = apply_along_axes(marked[None, None].float(), back) > SMOOTHED_WEIGHT / number  # wider each round
         smooth = F.avg_pool3d(F.pad(control_points, (1,) * 6, mode="replicate"), 3, 1)
         control_points = torch.where(touched, torch.lerp(control_points, smooth, SMOOTHING), control_points)
         before, field = field, upsample(control_points, shape, upsampling)[0]

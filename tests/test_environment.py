@@ -117,7 +117,8 @@ def test_the_licence_is_apache_2_in_the_file_and_in_the_citation():
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
     citation = YAML(typ="safe", pure=True).load((ROOT / "CITATION.cff").read_text())
-    assert citation["license"] == "Apache-2.0" and str(citation["version"]) == "0.1.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["license"] == "Apache-2.0" and str(citation["version"]) == project["version"]
     paper = citation["preferred-citation"]
     assert (
         paper["title"]

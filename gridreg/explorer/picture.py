@@ -93,12 +93,8 @@ class View:
     def show(self, registered: Registered) -> None:
         """Another registration of the same pair, on another grid: the next drawing is of it."""
         self.registered = registered
-        self._sample: tuple[int, np.ndarray] = (-1, registered.warped)  # its number, and the image warped with it
-        self._map: tuple[str, np.ndarray, float] = (
-            "",
-            registered.warped,
-            1.0,
-        )  # its name, its values, the end of the scale
+        self._sample = -1, registered.warped  # its number, and the image warped with it
+        self._map = "", registered.warped, 1.0  # its name, its values, the end of the scale
 
     def draw(self, look: Look) -> bytes:
         """The picture as PNG bytes."""
@@ -132,10 +128,9 @@ class View:
         for ax, view in zip(axes[:, 0], VIEWS):
             ax.text(-0.08, 0.5, view, transform=ax.transAxes, rotation=90, va="center", ha="center", fontsize=8)
         self.heads = [ax.set_title(head, fontsize=8.5) for ax, head in zip(axes[0], ("fixed", "moving", "", ""))]
-        bar = self.figure.add_axes(
-            (1 - (RIGHT - 0.08) / width, BOTTOM / height, 0.1 / width, 1 - (top + BOTTOM) / height)
-        )
-        self.figure.colorbar(self.panels["axial", 3]["image"], cax=bar).ax.set_title("mm", fontsize=7, pad=3)
+        place = (1 - (RIGHT - 0.08) / width, BOTTOM / height, 0.1 / width, 1 - (top + BOTTOM) / height)
+        bar = self.figure.colorbar(self.panels["axial", 3]["image"], cax=self.figure.add_axes(place))
+        bar.ax.set_title("mm", fontsize=7, pad=3)
         if title:
             self.figure.text(LEFT / width, 1 - 0.16 / height, title, fontsize=9)
 
@@ -143,9 +138,8 @@ class View:
         """The artists of one panel; ``update`` gives them their data."""
         blank = slice_of(np.zeros(self.pair.shape, np.float32), view, 0)
         panel = {"ax": ax, "vectors": None}
-        panel["overlay"] = ax.imshow(
-            blank, origin="lower", cmap=MAGNITUDE, zorder=1, visible=False, interpolation="nearest"
-        )
+        hidden = {"visible": False, "zorder": 1, "cmap": MAGNITUDE}
+        panel["overlay"] = ax.imshow(blank, origin="lower", interpolation="nearest", **hidden)
         colours = MAGNITUDE if column == 3 else IMAGE
         panel["image"] = show_slice(ax, self.pair.fixed, view, 0, self.pair.spacing, letters=column == 0, cmap=colours)
         ax.patch.set_facecolor("#DDDDDD")  # where a map is not known

@@ -145,8 +145,6 @@ def measure(registered: Registered) -> pd.DataFrame:
             row["Dice"] = metrics.dice(pair.labels[0], metrics.warp_labels(pair.labels[1], u))
         if pair.truth is not None:
             row["true TRE (mm)"] = metrics.tre_mm(u, pair.truth[0], pair.region & pair.truth[1], pair.spacing[0])
-        row["folded voxels (%)"] = (
-            metrics.folding_percent(metrics.jacobian_determinant(u), everywhere) if u.any() else 0.0
-        )
+        row["folded voxels (%)"] = metrics.folding_percent(metrics.jacobian_determinant(u), everywhere)
         rows[when] = row
     return pd.DataFrame(rows)

@@ -1,7 +1,7 @@
-"""The ablations of ``params.yaml``: what is varied, one thing at a time, around a default (paper, Tables 2 and 3, Figure 8).
+"""The ablations of ``params.yaml``: each varies one setting of a default run (paper, Tables 2 and 3, Figure 8).
 
-A run of the section ``ablation`` names the base it is made ``of`` and what is different in it. All are trained on one
-dataset with the same, shorter budget, so they compare with each other and with nothing in Table 1.
+A run of the section ``ablation`` names its base (``of``) and the settings that differ. All ablations are trained on one
+dataset with the same, shorter budget. They can be compared with each other, but not with Table 1.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from study.config.messages import check, refuse_unknown
 from study.config.runs import agree, complete, fit, known_datasets, training_arguments
 from study.config.schema import UNTRAINED, AblationRun, defaults, hints
 
-OWN = tuple(hints(AblationRun))  # of and seed, beside what differs
-BUDGET = ("steps", "epochs")  # never of one run: all have the same
-ABLATION_FOLDER = "ablation"  # takes the place of the dataset's name in folders and lists of trainings
+RUN_KEYS = tuple(hints(AblationRun))  # of and seed, beside the settings that differ
+BUDGET = ("steps", "epochs")  # not allowed in a single run: all runs have the same budget
+ABLATION_FOLDER = "ablation"  # used instead of the dataset's name in folders and in lists of trainings
 
 
 def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
-    """Check the section of otherwise complete values, and give it the bases, in place.
+    """Check the section ``ablation`` of otherwise complete values, and add the bases to it, in place.
 
-    A run that cannot be trained on the dataset goes to `use.left_out`, and so do all without their dataset. InputError.
+    A run that cannot be trained on the dataset is moved to `use.left_out`. Without the dataset all runs are. Raises
+    InputError where the section is wrong.
     """
     section, bases = params["ablation"], params["base"]
     section["base"] = bases
@@ -31,8 +32,8 @@ def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
         where = f"{source}: {place}"
         if not isinstance(run, dict) or run.get("of") not in bases:
             raise InputError(f"{where} is {run!r:.60}; expected of: and one of {', '.join(bases)}")
-        check({key: run[key] for key in OWN if key in run}, AblationRun, source, place)
-        whole = complete(run, bases, source, place, OWN)
+        check({key: run[key] for key in RUN_KEYS if key in run}, AblationRun, source, place)
+        whole = complete(run, bases, source, place, RUN_KEYS)
         if whole["method"] in UNTRAINED:
             raise InputError(f"{where} has method {whole['method']}; expected a base whose method is trained")
         for key in BUDGET:
@@ -57,14 +58,14 @@ def resolve(params: dict[str, Any], source: str | Path = "params.yaml") -> None:
 
 
 def ablations(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The runs that are in use, by name, as a run of ``runs`` is given: method, its settings, steps."""
+    """The ablations in use, by name, in the form of the section ``runs``: method, settings and steps."""
     section = params.get("ablation", {})
     return {name: _run(section, name) for name in section.get("use", [])}
 
 
 def _run(section: dict[str, Any], name: str) -> dict[str, Any]:
     run = section["runs"][name]
-    return _full(section, run["of"], {key: value for key, value in run.items() if key not in OWN})
+    return _full(section, run["of"], {key: value for key, value in run.items() if key not in RUN_KEYS})
 
 
 def _full(section: dict[str, Any], base: str, differs: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _full(section: dict[str, Any], base: str, differs: dict[str, Any]) -> dict[s
 
 
 def find(params: dict[str, Any], base: str, **differs: Any) -> str | None:
-    """The name of the run that differs from its base in this alone, trained with the seed of all; None: not in use."""
+    """The ablation in use that differs from its base in these settings alone and has the common seed; None without one."""
     section = params.get("ablation", {})
     if base not in section.get("base", {}):
         return None
@@ -83,20 +84,20 @@ def find(params: dict[str, Any], base: str, **differs: Any) -> str | None:
 
 
 def seeds(params: dict[str, Any]) -> list[str]:
-    """The default and the runs that differ from it in the seed alone; fewer than two: seeds are not varied."""
+    """The default run and the runs that differ from it in the seed alone. With fewer than two, seeds are not varied."""
     section, default = params.get("ablation", {}), find(params, "gridreg")
-    others = [name for name in section.get("use", []) if set(section["runs"][name]) == set(OWN)]
+    others = [name for name in section.get("use", []) if set(section["runs"][name]) == set(RUN_KEYS)]
     return [default, *others] if default else []
 
 
 def trainings(params: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every training in use, (dataset, run); of the ablations (``ablation``, run)."""
+    """Every training in use as (dataset, run); an ablation is (``"ablation"``, run)."""
     runs = [(dataset, run) for dataset in params["use"]["datasets"] for run in params["use"]["trained"]]
     return runs + [(ABLATION_FOLDER, name) for name in params["ablation"]["use"]]
 
 
 def named_arguments(params: dict[str, Any], dataset: str, run: str) -> tuple[str, dict[str, Any]]:
-    """The dataset of one of ``trainings``, and what ``train.train`` needs beside its data and where to write."""
+    """The dataset of one of ``trainings``, and the arguments of ``train.train`` other than the data and the output folder."""
     if dataset != ABLATION_FOLDER:
         return dataset, training_arguments(params, dataset, run)
     section = params["ablation"]

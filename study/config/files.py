@@ -1,4 +1,4 @@
-"""YAML files in, and text files out: whole or not at all."""
+"""Read YAML files, and write text files whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gridreg.errors import InputError
 
 
 def read(path: str | Path, yaml: YAML | None = None) -> Any:
-    """The content of one YAML file, which must be a mapping. Raises InputError."""
+    """The content of a YAML file, which must be a mapping. Raises InputError where it cannot be read or is none."""
     yaml = yaml or YAML(typ="safe", pure=True)  # pure: YAML 1.2, where 1e-4 is a number
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8-sig"))
@@ -30,7 +30,7 @@ def read(path: str | Path, yaml: YAML | None = None) -> Any:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file in one step, so that an interruption leaves the old one whole."""
+    """Write a file in one step, so that an interruption leaves the old file intact."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

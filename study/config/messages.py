@@ -1,4 +1,4 @@
-"""What is wrong with a value of `params.yaml`, in one sentence: where, what was found, what was expected."""
+"""Error messages for `params.yaml`, each in one sentence: the place, what was found, and what was expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from study.config.schema import Expected, Section, hints
 
 
 def refuse_unknown(name: Any, known: Iterable[str], what: str, where: str) -> None:
-    """Raise InputError where ``name`` is not one of ``known``, with the nearest of them."""
+    """Raise InputError if ``name`` is not one of ``known``; the message suggests the nearest of them."""
     known = list(known)
     if name not in known:
         raise InputError(_unknown(name, known, what, where))
@@ -28,7 +28,7 @@ def _unknown(name: Any, known: list[str], what: str, where: str) -> str:
 
 
 def expected(hint: Any) -> str:
-    """The words that follow "expected" for a value of this type."""
+    """The words after "expected" in a message about a value of this type."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
         return [note.words for note in hint.__metadata__ if isinstance(note, Expected)][-1]
@@ -37,7 +37,7 @@ def expected(hint: Any) -> str:
     if kind is Literal:
         return "one of " + ", ".join(parts)
     if kind is dict:
-        return "a mapping from datasets to such"
+        return "a mapping from datasets to such values"
     return {bool: "true or false", type(None): "null"}[hint]
 
 
@@ -49,12 +49,12 @@ def check(
     others: Iterable[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """``values`` as ``model`` has them, defaults filled in. Raises InputError, one sentence, at the first that is wrong.
+    """``values``, checked against ``model`` and completed by its defaults. Raises InputError at the first wrong value.
 
-    source  the file
-    place   the section of it that the values are, "runs.voxelmorph"; "": the whole file
-    others  names that may stand there beside those of the model, of which the caller takes care
-    partial whether the values need not be complete; they are then returned as they are
+    source   the file
+    place    the section of the file that holds the values, for example "runs.voxelmorph"; "": the whole file
+    others   names that are allowed besides those of the model; the caller checks them
+    partial  True allows incomplete values, which are returned without defaults
     """
     try:
         return model.model_validate(values).model_dump()
@@ -62,14 +62,16 @@ def check(
         errors = [each for each in error.errors() if not (partial and each["type"] == "missing")]
         if not errors:
             return values
-        errors.sort(key=lambda each: each["type"] not in ("extra_forbidden", "invalid_key"))  # a misspelt name first
+        errors.sort(
+            key=lambda each: each["type"] not in ("extra_forbidden", "invalid_key")
+        )  # misspelt names come first
         raise InputError(_sentence(list(errors[0]["loc"]), values, model, f"{source}", place, others)) from None
 
 
 def _sentence(
     loc: list, values: Any, model: type, source: str, place: str, others: Iterable[str] = ()
 ) -> str:  # fmt: skip
-    """The sentence for what is wrong at ``loc``, names from ``values`` downwards as pydantic gives them."""
+    """The message for the error at ``loc``, pydantic's list of names from ``values`` downwards."""
     where = f"{source}: {place}" if place else source
     if not loc:
         return f"{where} is {values!r:.60}; expected names with values"
@@ -89,6 +91,6 @@ def _sentence(
     if get_origin(hint) is dict and rest:
         key, *rest = rest
         if rest == ["[key]"]:
-            return f"{source}: {place}: {key!r} is no usable name; expected {expected(get_args(hint)[0])}"
+            return f"{source}: {place}: {key!r} is not a valid name; expected {expected(get_args(hint)[0])}"
         values, place = values[key], f"{place}.{key}"
     return _sentence(rest, values, inner, source, place)

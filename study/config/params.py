@@ -1,7 +1,7 @@
-"""Read and check `params.yaml`, the one file of values that the results depend on. Nothing here writes it.
+"""Read and check `params.yaml`, the file with all values on which the results depend. This module never writes it.
 
-`schema` has every parameter. Devices, nodes and precision are never in the file (another machine would have to compute
-everything again): they are the environment variables GRIDREG_ACCELERATOR, GRIDREG_DEVICES, GRIDREG_NODES and
+`schema` defines every parameter. Devices, nodes and precision are not in the file, because a change of machine would then
+repeat every computation. They are the environment variables GRIDREG_ACCELERATOR, GRIDREG_DEVICES, GRIDREG_NODES and
 GRIDREG_PRECISION.
 """
 
@@ -18,7 +18,7 @@ from study.config.messages import check, refuse_unknown
 from study.config.runs import agree, check_base, complete, fit, settings_for, train_settings, training_arguments
 from study.config.schema import BUNDLED, MAIN_RUN, UNTRAINED, Params
 
-IN_USE = "in_use.yaml"  # beside params.yaml, by `pipeline`
+IN_USE = "in_use.yaml"  # beside params.yaml, written by `pipeline`
 
 __all__ = ["load", "settings_for", "train_settings", "training_arguments"]
 
@@ -29,22 +29,23 @@ def profile_names(path: str | Path) -> list[str]:
 
 
 def load(path: str | Path = "params.yaml", recall: bool = True) -> dict[str, Any]:
-    """The checked values of `params.yaml` as plain dicts and lists: defaults filled in, every run complete.
+    """The checked values of `params.yaml` as plain dicts and lists, with defaults and with every run complete.
 
-    `use` names what can be run: a dataset whose folder is not found is in `use.skipped`, a run that cannot be trained
-    on a dataset, and the ablations without theirs, in `use.left_out`; both say why. With `recall`, a dataset also counts
-    as found where in_use.yaml has it: a compute node may lack the raw scans. Raises InputError.
+    `use` then names only what can be run. A dataset whose folder is not found is moved to `use.skipped`. A run that cannot
+    be trained on a dataset is moved to `use.left_out`, and so are ablations whose dataset is not in use. Both give the
+    reason. With `recall`, a dataset also counts as found if in_use.yaml lists it, since a compute node may lack the raw
+    scans. Raises InputError where a value is wrong.
     """
     return resolve(read(path), path, recall)
 
 
 def resolve(values: dict[str, Any], path: str | Path = "params.yaml", recall: bool = True) -> dict[str, Any]:
-    """``load`` for values that were read from `path`, which are left as they are."""
+    """``load`` for values that were already read from `path`; the values are not changed."""
     params = check(values, Params, path)
     refuse_unknown(params["profile"], profile_names(path) or [params["profile"]], "profile", str(path))
     if ablation.ABLATION_FOLDER in params["datasets"]:
         raise InputError(
-            f"{path}: datasets: {ablation.ABLATION_FOLDER!r} is no usable name; expected another, results have it already"
+            f"{path}: datasets: {ablation.ABLATION_FOLDER!r} is not a valid name; expected another, as folders of results use it"
         )
     for name, block in params["datasets"].items():
         block["title"] = block["title"] or name
@@ -64,7 +65,7 @@ def resolve(values: dict[str, Any], path: str | Path = "params.yaml", recall: bo
 
 
 def _check_use(params: dict, path: str | Path) -> None:
-    """Every name under `use` exists, once, in the right list."""
+    """Raise InputError unless every name under `use` exists, occurs once and is in the right list."""
     use = params["use"]
     for lists, section in ((("datasets",), "datasets"), (("trained", "untrained"), "runs")):
         seen: list[str] = []
@@ -103,7 +104,7 @@ def _skip_datasets(params: dict, path: str | Path, known: dict[str, str]) -> Non
 
 
 def _leave_out_runs(params: dict, path: str | Path) -> None:
-    """Take a run that does not fit a dataset found out of `use`; the main run must fit every one."""
+    """Remove from `use` every run that does not fit one of its datasets. The main run must fit every dataset."""
     use = params["use"]
     for name in list(use["trained"]):
         where = f"{path}: runs.{name}"
@@ -120,13 +121,13 @@ def _leave_out_runs(params: dict, path: str | Path) -> None:
 
 
 def folder_found(folder: str, path: str | Path) -> bool:
-    """Whether a cohort is there, or comes with the clone. `folder`: absolute, or from the folder of `path`."""
+    """Whether a cohort exists or comes with the clone. `folder` is absolute or relative to the folder of `path`."""
     bundled = [os.path.join("data", name) for name in BUNDLED]
     return os.path.normpath(folder) in bundled or os.path.isdir(os.path.join(Path(path).parent, folder))
 
 
 def recorded(path: str | Path) -> dict[str, str]:
-    """The cohorts of the in_use.yaml beside `path`, name → folder; {} where there is none."""
+    """The cohorts in the in_use.yaml beside `path`, name → folder; {} without such a file."""
     file = Path(path).with_name(IN_USE)
     if not file.is_file():
         return {}

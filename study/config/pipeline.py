@@ -1,12 +1,13 @@
-"""What DVC reads of `params.yaml`: which cohorts and runs there are, and the complete settings of each.
+"""Write the two files that DVC reads instead of `params.yaml`: the cohorts and runs in use, and their complete settings.
 
-DVC stops at a folder that is missing, cannot nest interpolation and knows neither defaults nor bases. So
+DVC stops at a missing folder, cannot nest interpolation, and does not know our defaults and bases. Therefore
 
-    python -m study.config.pipeline               before DVC: check params.yaml, say what is left out, write in_use.yaml
-    python -m study.config.pipeline --settings    the stage `settings`: write results/settings.json
+    python -m study.config.pipeline               runs before DVC: checks params.yaml, lists what is left out, and writes
+                                                  in_use.yaml
+    python -m study.config.pipeline --settings    is the stage `settings`: it writes results/settings.json
 
-in_use.yaml     the lists and folders that dvc.yaml interpolates; it comes with the clone, for the cohorts there
-settings.json   all settings, so that a stage depends on those of its own dataset and run alone, base and defaults included
+in_use.yaml     the lists and folders that dvc.yaml interpolates; the clone contains it for the bundled cohorts
+settings.json   all settings, with bases and defaults, so that a stage depends only on those of its dataset and run
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SECTIONS = ("profile", "seed", "use", "datasets", "runs", "evaluate", "ablation"
 
 
 def in_use(params: dict[str, Any]) -> dict[str, Any]:
-    """What dvc.yaml interpolates, of the values of ``params.load``."""
+    """The values that dvc.yaml interpolates, from those of ``params.load``."""
     use, own = params["use"], params["ablation"]
     return {
         "cohorts": {name: params["datasets"][name]["path"] for name in use["datasets"]},
@@ -51,9 +52,9 @@ def in_use(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_in_use(path: str | Path = "params.yaml") -> list[str]:
-    """Check `path` and bring the in_use.yaml beside it up to date. Returns a line for all that is skipped or left out.
+    """Check `path` and update the in_use.yaml beside it. Returns one line for each dataset or run that is left out.
 
-    Raises InputError where the file is wrong or no folder of a dataset is found.
+    Raises InputError where the file is wrong, or where the folder of no dataset is found.
     """
     params, file = load(path, recall=False), Path(path).with_name(IN_USE)
     use = params["use"]
@@ -74,13 +75,13 @@ def write_in_use(path: str | Path = "params.yaml") -> list[str]:
 
 
 def settings(params: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a stage of DVC depends on, of the values of ``params.load``.
+    """All settings on which stages of DVC depend, from the values of ``params.load``.
 
-    preprocess.DATASET      of ``preprocess_dataset``
-    train.DATASET.RUN       of ``train.train``; train.ablation.RUN has its dataset, too
-    refine.DATASET.RUN      of refinement, for the runs of use.refined
-    untrained.DATASET.RUN   of a method that is not trained
-    and the sections of params.yaml by their names, for tables, figures and the report
+    preprocess.DATASET      arguments of ``preprocess_dataset``
+    train.DATASET.RUN       arguments of ``train.train``; train.ablation.RUN also names its dataset
+    refine.DATASET.RUN      arguments of the refinement, for the runs of use.refined
+    untrained.DATASET.RUN   settings of a method that is not trained
+    SECTION                 sections of params.yaml, for tables, figures and the report
     """
     use, datasets = params["use"], params["use"]["datasets"]
     trained: dict[str, dict] = {place: {} for place in (*datasets, ablation.ABLATION_FOLDER)}
@@ -96,7 +97,7 @@ def settings(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(path: str | Path = "params.yaml") -> None:
-    """Write results/settings.json beside `path`. Raises InputError where in_use.yaml is not what `path` asks for."""
+    """Write results/settings.json beside `path`. Raises InputError where in_use.yaml does not belong to `path`."""
     params, folder = load(path, recall=False), Path(path).parent
     if read(folder / IN_USE).get("in_use") != in_use(params):
         raise InputError(
@@ -109,7 +110,7 @@ def write_settings(path: str | Path = "params.yaml") -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.config.pipeline", description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", action="store_true", help=f"write {SETTINGS} instead: the stage of DVC")
+    parser.add_argument("--settings", action="store_true", help=f"write {SETTINGS} instead (DVC's stage `settings`)")
     parser.add_argument("--file", default=Path("params.yaml"), type=Path, help="another file than params.yaml")
     options = parser.parse_args()
 

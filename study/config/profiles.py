@@ -2,8 +2,9 @@
 
     python -m study.config.profiles smoke        (make profile PROFILE=smoke)
 
-Values that a profile does not name are the user's and stay. Values that it names and the user has edited are replaced,
-and the file before is kept beside it; but what is run (lists under `use` and `ablation.use`) stays as the user chose it.
+Values that a profile does not name are the user's and are kept. Values that it names are replaced. If the user had edited
+one of them, a copy of the old file is kept beside the new one. The lists of what is run (`use` and `ablation.use`) stay
+as the user chose them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ABSENT = object()
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as `null`, which ruamel.yaml would otherwise turn into nothing at all."""
+    """Writes null as `null`; by default ruamel.yaml writes an empty value."""
 
 
 _Representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
@@ -44,7 +45,7 @@ def round_trip() -> YAML:
 
 
 def leaves(values: dict, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value that is no mapping, with its path of names."""
+    """Every value that is not a mapping, with its path of names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from leaves(value, (*at, name))
@@ -62,19 +63,19 @@ def get(values: Any, at: tuple[str, ...]) -> Any:
 
 
 def belongs(params: dict, new: dict, at: tuple[str, ...]) -> bool:
-    """Whether a value of a profile has a place in `params`: the user may have deleted its dataset, run or base."""
+    """Whether a profile's value applies to `params`, where the user may have deleted its dataset, run or base."""
     owned = at[0] not in ("datasets", "runs", "base") or get(params, at[:2]) is not ABSENT
     by_dataset = at[0] == "runs" and len(at) > 3  # runs.voxelmorph.learning_rate.brain
     return owned and not (by_dataset and at[3] in new["datasets"] and at[3] not in params["datasets"])
 
 
 def chosen(at: tuple[str, ...]) -> bool:
-    """Whether a value says what is run."""
+    """Whether a value belongs to the lists of what is run, which the user chooses."""
     return at[0] == "use" or at == ("ablation", "use")
 
 
 def existing(params: dict, at: tuple[str, ...], names: Any) -> Any:
-    """A list of what is run, without the names that the user has deleted."""
+    """A list of what is run, without names whose dataset or run the user has deleted."""
     known = get(
         params, ("datasets",) if at == ("use", "datasets") else ("runs",) if at[0] == "use" else ("ablation", "runs")
     )
@@ -82,7 +83,7 @@ def existing(params: dict, at: tuple[str, ...], names: Any) -> Any:
 
 
 def set_value(owner: Any, name: str, value: Any) -> None:
-    """Set a value in place; a list keeps its comment and its [style]."""
+    """Set a value in place; a list keeps its comment and its flow style."""
     if not isinstance(value, list):
         owner[name] = value
         return
@@ -94,9 +95,9 @@ def set_value(owner: Any, name: str, value: Any) -> None:
 
 
 def write_values(params: Any, new: dict, old: dict, profile: str) -> tuple[bool, list[str]]:
-    """Write the values of profile `new` into `params` in place. `old` are the stock values of the profile it is in now.
+    """Write the values of profile `new` into `params` in place. `old` holds the original values of the present profile.
 
-    Returns whether values that the user had edited were replaced, and the names of the lists that stay the user's.
+    Returns whether edited values were replaced, and the names of the lists that keep the user's values.
     """
     edited, stay = False, []
     for at, value in leaves(new):
@@ -122,7 +123,7 @@ def write_values(params: Any, new: dict, old: dict, profile: str) -> tuple[bool,
 
 
 def keep(path: Path, profile: str) -> Path:
-    """Copy the file to params.<profile>.yaml, or with a number if there is one already; returns the copy."""
+    """Copy the file to params.<profile>.yaml, with a number if that exists already; returns the path of the copy."""
     number = 1
     while True:
         copy = path.with_name(f"{path.stem}.{profile}{'' if number == 1 else f'.{number}'}{path.suffix}")
@@ -135,9 +136,9 @@ def keep(path: Path, profile: str) -> Path:
 
 
 def switch(path: str | Path, profile: str) -> list[str]:
-    """Switch the file at `path` to a profile; in that profile already, it is not touched. Returns lines for the user.
+    """Switch the file at `path` to a profile. It is not changed if it has that profile already. Returns lines for the user.
 
-    Raises InputError, and leaves the file as it is, where it is wrong before or would be wrong afterwards.
+    Raises InputError, without a change to the file, if the file is wrong or would be wrong afterwards.
     """
     path, known, yaml = Path(path), profile_names(path), round_trip()
     refuse_unknown(profile, known, "profile", "PROFILE")

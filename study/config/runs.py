@@ -1,4 +1,4 @@
-"""The complete settings of a run: put together with its base, for one dataset, as a training is given them."""
+"""Complete settings of a run: joined with its base, resolved for a dataset, and in the form that a training takes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from study.config.schema import BUNDLED, METHODS, RUNS, TUNED, UNTRAINED, Train,
 
 
 def check_base(base: Any, source: str | Path, place: str) -> None:
-    """Raise InputError at what no run may have; a base need not be complete."""
+    """Raise InputError where a base has a setting that no run may have. A base may be incomplete."""
     own = _without_method(base, {}, f"{source}: {place}")
     check(own, RUNS[base["method"]], source, place, ("method",), partial=True)
 
 
 def complete(run: Any, bases: dict[str, dict], source: str | Path, place: str, others: tuple = ()) -> dict[str, Any]:
-    """A run of the file as one mapping: its base, what differs from it, and the defaults of its method.
+    """A run of the file as one mapping: its base, the settings that differ, and the defaults of its method.
 
-    ``others`` are names that the run may have beside those of its method; they are left out of the result. InputError.
+    ``others`` are names that are allowed besides the settings of the method; the result does not contain them. Raises
+    InputError where a value is wrong.
     """
     where = f"{source}: {place}"
     if isinstance(run, dict) and "of" in run:
@@ -41,9 +42,10 @@ def _without_method(run: Any, bases: dict[str, dict], where: str) -> dict[str, A
 
 
 def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[str, Any]:
-    """The training values of a run: its own where given, else those of `train`; its steps or epochs replace both.
+    """The training settings of a run: those of the run where given, else those of `train`.
 
-    With a dataset, its `budget` multiplies them, and what the run has for this dataset alone is taken.
+    Steps or epochs of the run replace both of `train`. With a dataset, its `budget` multiplies steps and epochs, and
+    settings given per dataset are resolved.
     """
     names = hints(Train)
     own = {name: params["runs"][run].get(name) for name in names}
@@ -60,7 +62,7 @@ def train_settings(params: dict, run: str, dataset: str | None = None) -> dict[s
 
 
 def settings_for(run: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """The method and settings of a run for one dataset; where it names others only, the method's default."""
+    """The method and settings of a run for one dataset. A setting given for other datasets alone has its default."""
     known = defaults(run["method"])
     own = {
         name: value for name, value in run.items() if name == "method" or name in METHODS[run["method"]].model_fields
@@ -69,7 +71,7 @@ def settings_for(run: dict[str, Any], dataset: str) -> dict[str, Any]:
 
 
 def training_arguments(params: dict, dataset: str, run: str) -> dict[str, Any]:
-    """What ``train.train`` needs to know of one run on one dataset, beside the data and where to write."""
+    """The arguments of ``train.train`` for a run on a dataset, other than the data and the output folder."""
     block = {name: params["datasets"][dataset][name] for name in ("similarity", "bending_weight", "dice_weight")}
     return {
         "run": settings_for(params["runs"][run], dataset),
@@ -79,9 +81,9 @@ def training_arguments(params: dict, dataset: str, run: str) -> dict[str, Any]:
 
 
 def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict[str, Any]:
-    """Arguments of ``gridreg.refine`` by which a run is refined with the losses it was trained with, except Dice.
+    """Arguments of ``gridreg.refine`` that refine a run with the losses of its training except Dice.
 
-    The bending weight is that of its training, times ``refine_bending``.
+    The bending weight is that of the training, multiplied by ``refine_bending``.
     """
     section, trained = params["evaluate"], training_arguments(params, dataset, run)
     bending_weight = trained["bending_weight"] * trained["settings"]["bending"] * section["refine_bending"]
@@ -89,12 +91,12 @@ def refinement_arguments(params: dict[str, Any], dataset: str, run: str) -> dict
 
 
 def known_datasets(params: dict) -> list[str]:
-    """Names that settings may give values for: a user who deletes a bundled cohort need not look for them."""
+    """Datasets that settings may name. They include bundled cohorts, so that a user may delete one without other edits."""
     return list(dict.fromkeys([*params["datasets"], *BUNDLED]))
 
 
 def agree(params: dict, name: str, where: str) -> None:
-    """Raise InputError unless the values of the run ``name`` agree with each other and with the sections beside runs."""
+    """Raise InputError unless the settings of the run ``name`` agree with each other and with the other sections."""
     values = params["runs"][name]
     if values.get("fold_free") and values["upsampling"] != "bspline":
         raise InputError(
@@ -115,9 +117,9 @@ def agree(params: dict, name: str, where: str) -> None:
 
 
 def fit(run: dict, name: str, block: dict, where: str) -> str:
-    """Why a run cannot be trained on the dataset ``name``, whose values are ``block``, as it has no such loss; "" if it can.
+    """The reason why a run cannot be trained with the loss of the dataset ``name`` (settings ``block``); "" if it can.
 
-    Raises InputError where a grid of the run has more control points than the dataset has voxels.
+    Raises InputError where a grid of the run has more control points along an axis than the dataset has voxels.
     """
     for grid in run.get("grids", []):
         if any(g > n for g, n in zip(grid, block["shape"])):

@@ -1,7 +1,7 @@
-"""Every parameter of `params.yaml`: its type, its default, its unit and what it means.
+"""Every parameter of `params.yaml`: its type, default, unit and meaning.
 
-A parameter is one line of a class below; a new parameter is a new line here. A line without a default must be given.
-`messages` turns what pydantic finds wrong into one sentence, `params` reads the file.
+A parameter is one line of a class below. A parameter without a default must be given in the file. `params` reads the
+file, and `messages` turns pydantic's errors into one sentence.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 
 class Section(BaseModel):
-    """Names with values. Unknown names are refused, and no text or flag passes for a number."""
+    """Names with values. Unknown names are errors, and neither text nor true and false count as numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a value must be, in the words that follow "expected" in a message."""
+    """The words after "expected" in a message about a wrong value."""
 
     words: str
 
 
 def _plain_path(path: str) -> str:
-    """Refuse what would be taken for the name of a folder: $HOME/scans, ~nobody/scans."""
+    """Refuse paths that would be taken literally, such as $HOME/scans and ~nobody/scans."""
     if re.search(r"\$\w|\$\{", path) or os.path.expanduser(path).startswith("~"):
         raise ValueError("neither an environment variable nor an unknown home is replaced")
     return path
@@ -56,7 +56,7 @@ Positive = Annotated[float, Field(gt=0), Expected("a number above 0")]
 Fraction = Annotated[float, Field(ge=0, lt=1), Expected("a number from 0 to below 1")]
 Text = Annotated[str, StringConstraints(pattern=r"\S"), Expected("a text")]
 PathText = Annotated[Text, AfterValidator(_plain_path), Expected("a path without environment variables")]
-# What DVC allows in the name of a stage
+# Characters that DVC allows in the name of a stage
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$"), Expected("a name of letters, digits, - and _")]
 Names = Annotated[list[Name], Expected("a list of names")]
 Size = Annotated[list[Two], Field(min_length=3, max_length=3), Expected("three whole numbers of at least 2")]
@@ -80,91 +80,91 @@ Methods = Annotated[list[Method], Field(min_length=1), Expected("a list of metho
 
 # ---- Your cohort -----------------------------------------------------------------------------------------------------
 class Use(Section):
-    """What is run, in this order."""
+    """The datasets and runs that are computed, in this order."""
 
     datasets: Names  # under `datasets`; one whose folder is not found is skipped
-    trained: Names  # under `runs`, of methods that are trained
-    untrained: Names  # under `runs`, of methods that are not
-    refined: Names = []  # of `trained`: evaluated a second time, every test pair refined
+    trained: Names  # under `runs`, with a method that is trained
+    untrained: Names  # under `runs`, with a method that is not trained
+    refined: Names = []  # among `trained`: evaluated a second time with refinement of every test pair
 
 
 class Dataset(Section):
     """A cohort in Learn2Reg layout, and how networks are trained on it."""
 
     title: Text | None = None  # in figures; null: the name of the dataset
-    path: PathText  # its folder, absolute, from the folder of params.yaml, or from your home: ~/scans
+    path: PathText  # its folder: absolute, relative to the folder of params.yaml, or from your home (~/scans)
     shape: Shape  # voxels after preprocessing
     spacing_mm: Positive  # mm, isotropic, after preprocessing
     affine_reference: PathText | None = None  # mni152 or an image file to which every scan is aligned first; null: none
-    # Where scans lie before registration: at their headers' places, centre on centre, or aligned to affine_reference.
-    # null: affine with a reference, else headers where all scans state an orientation and overlap, else centre
+    # Position of the scans before registration: as their headers say, centre on centre, or aligned to affine_reference.
+    # null: affine with a reference, else headers if all scans have an orientation and overlap, else centre
     start: Literal["headers", "centre", "affine"] | None = None
     window: Window | None = None  # stored intensities (HU for CT) that become 0 and 1; null: percentiles of the scan
-    padding_value: float | None = None  # stored intensity of voxels that were not measured; null: none
-    nan: Literal["refuse", "background"] = "refuse"  # what a NaN voxel is
+    padding_value: float | None = None  # stored intensity of voxels outside the field of view; null: none
+    nan: Literal["refuse", "background"] = "refuse"  # meaning of a NaN voxel: an error, or background
     labels: Labels | None = None  # numbers of the labels to use; null: every label of dataset.json
     max_subjects: Two | None = None  # at most so many of each split; null: all
     max_pairs: Count | None = None  # at most so many of each split; null: all
-    similarity: Literal["mse", "ncc", "mi"] = "mse"  # loss between the images; a Bayesian run needs mse
-    dice_weight: Number = 0.0  # of the Dice loss; above 0 it needs labels of every training scan
-    bending_weight: Number  # of the bending energy, which is in voxels: same deformation, voxels s times as large, s^4
-    budget: Positive = 1.0  # times the steps or epochs of every run
+    similarity: Literal["mse", "ncc", "mi"] = "mse"  # similarity loss between the images; a Bayesian run needs mse
+    dice_weight: Number = 0.0  # weight of the Dice loss; above 0, every training scan needs labels
+    bending_weight: Number  # weight of the bending energy; for voxels s times as large divide by s^4
+    budget: Positive = 1.0  # multiplies the steps or epochs of every run
 
 
 # ---- For experts -----------------------------------------------------------------------------------------------------
 class Train(Section):
-    """Of every trained run. A run may override each of these."""
+    """Training of every run. A run may override each of these."""
 
-    steps: Count | None = None  # either steps or epochs is a number
-    epochs: Count | None = None  # each has as many pairs as there are training scans
+    steps: Count | None = None  # exactly one of steps and epochs is a number
+    epochs: Count | None = None  # an epoch has as many pairs as there are training scans
     batch: Count  # pairs per step and device
-    learning_rate: Positive  # highest of the schedule, of Adam
-    beta2: Fraction = 0.999  # of Adam: how long it remembers squared gradients
-    bending: Number = 1.0  # times the bending_weight of the dataset
-    clip: Positive | None = None  # longest gradient, norm of all weights together; null: any
-    identical: Fraction = 0.0  # chance that a pair is replaced by its fixed scan twice: nothing to register
-    validate_every: Count  # steps
+    learning_rate: Positive  # of Adam; the peak of its schedule
+    beta2: Fraction = 0.999  # of Adam: decay of the mean of squared gradients
+    bending: Number = 1.0  # multiplies the bending_weight of the dataset
+    clip: Positive | None = None  # largest norm of the gradient of all weights; null: no limit
+    identical: Fraction = 0.0  # probability that the fixed scan of a pair also replaces its moving scan
+    validate_every: Count  # steps between two validations
 
 
 class Evaluate(Section):
     """Instance refinement of the runs in use.refined."""
 
     refine_steps: Count = 40  # steps of optimisation per pair
-    refine_bending: Number = 1.0  # times the bending weight of training
+    refine_bending: Number = 1.0  # multiplies the bending weight of training
 
 
 class FalseCorrespondence(Section):
     """Figure 1."""
 
-    pairs: Count = 5  # simulated slices
+    pairs: Count = 5  # number of simulated pairs of slices
 
 
 class Benchmark(Section):
     """Time and memory of every method in its published size."""
 
-    methods: Methods = ["gridreg", "voxelmorph"]  # any of METHODS below
+    methods: Methods = ["gridreg", "voxelmorph"]  # names in METHODS below
     grids: Sizes = [[10, 10, 10]]  # control points of GridReg
     shapes: Sizes = [[32, 32, 32]]  # voxels of the images
-    batches: Annotated[list[Count], Expected("a list of whole numbers of at least 1")] = []  # pairs; []: no training
-    limit_seconds: Positive = 60.0  # s; a call that would take longer is left out
+    batches: Annotated[list[Count], Expected("a list of whole numbers of at least 1")] = []  # pairs per step; []: none
+    limit_seconds: Positive = 60.0  # seconds; a call that would take longer is left out
 
 
 class Ablation(Section):
-    """Tables 2 and 3, Figure 8 (1): one thing varied at a time, all on one dataset with one budget."""
+    """Tables 2 and 3, Figure 8 (1): one setting varied at a time, on one dataset with one budget."""
 
     dataset: Name | None = None  # one of use.datasets
     steps: Count | None = None  # of every run; null: those of train
-    use: Names = []  # which of runs
-    runs: dict[Name, Any] = {}  # AblationRun, and what differs from its base: anything that a run has
+    use: Names = []  # the names of `runs` that are computed
+    runs: dict[Name, Any] = {}  # AblationRun, and any settings of a run that differ from its base
 
 
 class AblationRun(Section):
-    of: Name  # one of base
-    seed: WholeNumber | None = None  # null: that of all
+    of: Name  # a name in `base`
+    seed: WholeNumber | None = None  # null: the seed of params.yaml
 
 
-# ---- Methods: what a run may have -------------------------------------------------------------------------------------
-# A value for every dataset, or a mapping from the names of datasets; a dataset that it lacks has the default.
+# ---- Settings of the methods ------------------------------------------------------------------------------------------
+# Where a mapping is allowed, it gives a value per dataset; datasets that it lacks have the default.
 class Identity(Section):
     """No registration."""
 
@@ -177,21 +177,21 @@ class Syn(Section):
     gradient_step: Positive = 0.2
     flow_sigma: Number = 3.0  # voxels squared: smoothing of each update
     total_sigma: Number = 0.0  # voxels squared: smoothing of the whole field
-    affine_stage: bool | dict[str, bool] = True  # an affine registration first
-    mask_margin: WholeNumber | dict[str, WholeNumber] | None = None  # voxels around the labels where the metric is
+    affine_stage: bool | dict[str, bool] = True  # whether an affine registration comes first
+    mask_margin: WholeNumber | dict[str, WholeNumber] | None = None  # voxels around the labels in which the metric is
     # evaluated; null: everywhere
 
 
 class VoxelMorph(Section):
     width: Count = 16  # features of every level
     levels: Two = 5
-    integration_steps: WholeNumber = 5  # of a velocity field; 0: the output is the displacement
+    integration_steps: WholeNumber = 5  # for a velocity field; 0: the output is the displacement
 
 
 class TransMorph(Section):
     embed: MultipleOf4 = 96  # features of the first stage
     convolutions: OneOrTwo = 1  # 1: the paper's 41 476 659 parameters; 2: as published
-    drop_path: Fraction = 0.3  # highest chance that training leaves out a transformer block
+    drop_path: Fraction = 0.3  # highest probability that training skips a transformer block
 
 
 class KeyMorph(Section):
@@ -204,15 +204,15 @@ class KeyMorph(Section):
 
 
 class GridReg(Section):
-    grids: Sizes  # control points per axis; of several, one is drawn at every step
+    grids: Sizes  # control points per axis; of several grids, one is drawn at every step
     base_channels: Count = 16  # features of the first level
     num_layers: Layers = 5  # of the encoder
     upsampling: Literal["trilinear", "bspline", "deconv"] = "trilinear"  # control points to dense field
-    projector: bool = True  # projections of the skip connections
-    fold_free: bool = False  # bound the control points so that no fold is possible; needs bspline
-    encoder: Literal["pair", "match"] = "pair"  # sees both images at once, as the paper's, or finds correspondences
-    passes: Count = 1  # of warping the moving image by what was found and registering again; above 1 needs match
-    bayesian: bool = False  # a standard deviation for every control point
+    projector: bool = True  # skip-projections; false: the coarsest level alone is decoded
+    fold_free: bool = False  # bound the control points so that the field cannot fold; needs bspline
+    encoder: Literal["pair", "match"] = "pair"  # the paper's, of both images together; match finds correspondences
+    passes: Count = 1  # each later pass warps the moving image by the displacement so far; above 1 needs match
+    bayesian: bool = False  # also predict a standard deviation for every control point
     samples: Count = 1  # Monte-Carlo samples per step of a Bayesian run
 
 
@@ -225,23 +225,23 @@ METHODS: dict[Method, type[Section]] = {
     "gridreg": GridReg,
 }
 UNTRAINED = ("identity", "syn")
-BUNDLED = ("prostate", "pelvis", "brain")  # cohorts that DVC fetches to data/; they may be named without being there
+BUNDLED = ("prostate", "pelvis", "brain")  # cohorts that DVC fetches to data/; their folders may still be missing
 MAIN_RUN = "gridreg-adaptive"  # every table compares with it, so it is always trained
-TUNED = ("learning_rate", "bending")  # of Train: a run may give a value for each dataset
+TUNED = ("learning_rate", "bending")  # settings of Train that a run may give per dataset
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------
 class Params(Section):
-    """`params.yaml`. A run is checked as `RUNS` of its method says, once it and its base are put together."""
+    """The whole of `params.yaml`. A run is joined with its base first and then checked by `RUNS` of its method."""
 
-    profile: Name  # smoke, demo or paper: whose values this file has
+    profile: Name  # smoke, demo or paper: the profile that last wrote values into this file
     use: Use
     datasets: dict[Name, Dataset]
     seed: WholeNumber
     train: Train
     evaluate: Evaluate = Evaluate()
-    base: dict[Name, Any] = {}  # what runs and ablations may be made of
-    runs: dict[Name, Any]  # method: and its settings, or of: a base, and what differs from it
+    base: dict[Name, Any] = {}  # settings from which runs and ablations are made
+    runs: dict[Name, Any]  # method: and its settings, or of: a base and the settings that differ
     ablation: Ablation = Ablation()
     false_correspondence: FalseCorrespondence = FalseCorrespondence()
     benchmark: Benchmark = Benchmark()
@@ -261,10 +261,10 @@ OVERRIDES = {name: _of_one_run(name, hint) for name, hint in hints(Train).items(
 RUNS: dict[str, type[Section]] = {
     name: model if name in UNTRAINED else create_model(model.__name__, __base__=model, __module__=__name__, **OVERRIDES)
     for name, model in METHODS.items()
-}  # what one run of a method may have: its settings and, if it is trained, its overrides of Train
+}  # settings of one run of a method and, if it is trained, its overrides of Train
 
 
 def defaults(method: str) -> dict[str, Any]:
-    """The settings of a method that have a default, with it."""
+    """The default values of a method's settings, without those that have none."""
     fields = METHODS[method].model_fields
     return {name: field.get_default() for name, field in fields.items() if not field.is_required()}

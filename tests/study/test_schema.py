@@ -59,7 +59,7 @@ BAD = [
     ),
     ("method: voxelmorph", "method: voxelmorf", "unknown method 'voxelmorf'.*nearest: voxelmorph"),
     ("    method: voxelmorph\n", "", "voxelmorph has no method; expected method: and one of identity"),
-    ("  pelvis:\n", "  ablation:\n", "datasets: 'ablation' is no usable name; expected another"),
+    ("  pelvis:\n", "  ablation:\n", "datasets: 'ablation' is not a valid name; expected another"),
     ("    method: voxelmorph\n", "    of: gridrex\n", "runs.voxelmorph: unknown base 'gridrex'.*nearest: gridreg"),
     ("{of: gridreg}", "gridreg", "runs.gridreg-8 is 'gridreg'; expected method: .*, or of: and one of gridreg"),
     ("{of: gridreg}", "{of: gridreg, grid: [[5, 5, 5]]}", "runs.gridreg-8: unknown parameter 'grid'.*nearest: grids"),
@@ -109,7 +109,7 @@ BAD = [
     ("batch: 4", "batch: 0", "batch is 0; expected a whole number of at least 1"),
     ("epochs: null", "epochs: 3", "expected a number for exactly one of them"),
     ("\ntrain:", "\ntrian:", "unknown parameter 'trian'.*nearest: train"),
-    ("  gridreg-8:", "  gridreg/8:", "'gridreg/8' is no usable name"),
+    ("  gridreg-8:", "  gridreg/8:", "'gridreg/8' is not a valid name"),
     ("\nuse:", "\nuse: [", "line [0-9]+: .*expected YAML"),
     ("seed: 2026", "seed: 2026\nseed: 3", "line [0-9]+: .*duplicate key.*expected YAML"),
     ("profile: demo", "profile: demo\ndevices: 2", "unknown parameter 'devices'"),
@@ -264,7 +264,7 @@ def test_a_run_may_have_a_value_for_each_dataset(path):
         load(path)
     edit(path, "{brian: 4,", "{brain: -4,")
     with pytest.raises(
-        InputError, match="bending is .* expected a number of at least 0, or a mapping from datasets to such"
+        InputError, match="bending is .* expected a number of at least 0, or a mapping from datasets to such values"
     ):
         load(path)
 

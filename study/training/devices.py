@@ -1,4 +1,4 @@
-"""How a training uses the machine: devices, nodes and precision, from environment variables."""
+"""Devices, nodes and precision of a training, from environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gridreg.errors import InputError
 
 
 def number_of(variable: str) -> int:
-    """The number in an environment variable, 1 where it is not set. InputError on anything else."""
+    """The number in an environment variable; 1 if it is not set. InputError unless it is a whole number of at least 1."""
     value = os.environ.get(variable, "1")
     if not value.isdecimal() or int(value) < 1:
         raise InputError(f"{variable} is {value!r}, expected a whole number of at least 1")
@@ -18,11 +18,11 @@ def number_of(variable: str) -> int:
 
 
 def launch():
-    """A ``lightning_fabric.Fabric`` set up from the environment: accelerator, devices, nodes, precision.
+    """A ``lightning_fabric.Fabric`` with accelerator, devices, nodes and precision from the environment.
 
-    InputError in a notebook that is to use several devices: it has no processes for them.
+    InputError if a notebook is to use several devices, because it cannot start processes for them.
     """
-    from lightning_fabric import Fabric  # here, not above: it takes as long to import as PyTorch itself
+    from lightning_fabric import Fabric  # imported here because the import takes as long as that of PyTorch
 
     several = number_of("GRIDREG_DEVICES")
     if several > 1 and hasattr(sys, "ps1"):

@@ -1,16 +1,16 @@
-"""What the code computes, in a few numbers for each kind of run: ``fingerprints.yaml``.
+"""A fingerprint of what the code computes: a few numbers for each kind of run, in ``fingerprints.yaml``.
 
-Training steps of a small network on three small synthetic subjects, the evaluation of one pair, and the preprocessing of
-six small scans. A comment or a new arrangement of the code leaves these numbers alone; another initialisation, loss
-weight or norm does not. A test computes them anew. Where they differ from the file, the runs of that kind have to be
-trained and evaluated again, and DVC does so once the file is written:
+The numbers come from training steps of a small network on three synthetic subjects, from the evaluation of one pair, and
+from the preprocessing of six small scans. A comment or a refactoring does not change these numbers; another
+initialisation, loss weight or norm does. A test computes them again. If they differ from the file, the runs of that kind
+must be trained and evaluated again. DVC does so once the file is written:
 
-    python -m study.training.fingerprint           writes the file, and says which kinds have changed
-    python -m study.training.fingerprint --check   compares alone
+    python -m study.training.fingerprint           writes the file and lists the kinds that have changed
+    python -m study.training.fingerprint --check   only compares
 
-The file has six digits. Processors round differently, which is what ``TOLERANCE`` is for. Adam's first steps follow the
-sign of each gradient, so rounding grows there: GridReg's networks, which stay calm, take three steps, and so prove the
-loop of training for all; the others take one, whose loss terms and gradients come before any update.
+The file has six digits. ``TOLERANCE`` allows for processors that round differently. Adam's first steps follow the sign of
+each gradient, so rounding errors grow there. They stay small for GridReg's networks, which take three steps and so test
+the training loop for all methods. The other networks take one step, whose loss terms and gradients precede any update.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from study.training import kinds
 from study.training.train import optimise
 
 TOLERANCE = 1e-3  # relative; processors with AVX2 and with AVX-512 differed by up to 1.3e-4
-ZERO = 1e-12  # what is smaller is rounding
+ZERO = 1e-12  # absolute tolerance: smaller numbers are rounding errors
 SHAPE, SPACING = (20, 24, 18), 2.0  # voxels, mm
 SETTINGS = {"batch": 2, "learning_rate": 1e-3, "beta2": 0.98, "bending": 0.5, "epochs": None, "validate_every": 1}
-STEPS = {"gridreg": 3}  # of other methods: 1
+STEPS = {"gridreg": 3}  # of training; other methods take 1
 
 GRIDREG = {"method": "gridreg", "grids": [[3, 3, 3], [4, 5, 3]], "base_channels": 4, "num_layers": 5, "samples": 2}
 KEYMORPH = {"method": "keymorph", "keypoints": 8, "width": 4, "layers": 9, "poolings": 2}
@@ -76,13 +76,13 @@ NETWORKS = [
     *(KEYMORPH | {"align": align} for align in ("tps", "affine")),
     *(KEYMORPH | {"layers": layers} for layers in range(4, 9)),
 ]
-LOSSES = {  # kinds of training that are no network: similarity, weight of the Dice loss, numbers of labels
+LOSSES = {  # kinds of training other than networks: similarity, weight of the Dice loss, numbers of labels
     "similarity-ncc": ("ncc", 0.0, [1]),
     "similarity-mi": ("mi", 0.0, [1]),
-    "labels": ("mse", 0.3, [1, 10]),  # the Dice of many labels is computed in another way
-    "no-labels": ("mse", 0.0, [0]),  # chosen by the similarity on validation
+    "labels": ("mse", 0.3, [1, 10]),  # with many labels the Dice loss is computed in groups
+    "no-labels": ("mse", 0.0, [0]),  # validation then uses the similarity
 }
-BASE = "gridreg-trilinear"  # trained for each of these
+BASE = "gridreg-trilinear"  # the network that is trained with each of LOSSES
 SYN = [
     {"method": "syn", "iterations": [5, 3, 0], "metric": "mattes", "mask_margin": 3},
     {"method": "syn", "iterations": [5, 3, 0], "metric": "CC", "affine_stage": False},
@@ -91,7 +91,7 @@ SYN = [
 
 
 def network_runs() -> dict[str, dict[str, Any]]:
-    """The small run of each kind of network, by name."""
+    """A small run for each kind of network, by kind."""
     runs: dict[str, dict[str, Any]] = {}
     for run in NETWORKS:
         for kind in kinds.network_kinds(run):
@@ -111,7 +111,7 @@ def _small_run(kind: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def small_data(labels: int) -> Preprocessed:
-    """A preprocessed dataset of three subjects with so many labels: shifted textures with their true deformations."""
+    """A preprocessed dataset of three subjects with this number of labels: shifted textures with known deformations."""
     rng = np.random.default_rng(0)
     folder = Path(_scratch().name) / f"{labels}-labels"
     affine = np.diag([SPACING] * 3 + [1.0])
@@ -154,7 +154,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """On the CPU and one thread, without progress bars, and with no effect on the random numbers of others."""
+    """Run the block on one CPU thread, without progress bars and without effect on PyTorch's random numbers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -170,7 +170,7 @@ def _quietly() -> Iterator[None]:
 
 @lru_cache(maxsize=None)
 def _trained(kind: str, similarity: str = "mse", dice_weight: float = 0.0, labels: int = 1) -> dict[str, list]:
-    """Train the small run of a network: {name: a value for each step}."""
+    """Train the small run of a kind of network: {name: one value per step}."""
     run = _small_run(kind)
     names = [name.split(".")[0] for name, _ in build(run).named_parameters()]
     norms: dict[str, list[float]] = {f"gradient of {name}": [] for name in names}
@@ -197,14 +197,13 @@ def _trained(kind: str, similarity: str = "mse", dice_weight: float = 0.0, label
         )
     finally:
         handle.remove()
-    history = pd.read_csv(out / "history.csv").drop(
-        columns=["step", "loss", "learning_rate"]
-    )  # both show in what follows
+    # the loss and the learning rate affect the other numbers, so they need no numbers here
+    history = pd.read_csv(out / "history.csv").drop(columns=["step", "loss", "learning_rate"])
     return {name: list(history[name]) for name in history} | norms
 
 
 def training_numbers(kind: str) -> dict[str, list[float]]:
-    """The numbers of one kind of training, a value for each step. InputError for a kind that is not known here."""
+    """The numbers of one kind of training, one value per step. InputError for an unknown kind."""
     with _quietly():
         if kind not in LOSSES:
             return _trained(kind)
@@ -212,8 +211,8 @@ def training_numbers(kind: str) -> dict[str, list[float]]:
         return _joined({f"{n} labels": _trained(BASE, similarity, dice_weight, n) for n in numbers_of_labels})
 
 
-class Known(nn.Module):
-    """A registration that is always the same, with folds and a voxel outside: what every metric has to say something of."""
+class ConstantDisplacement(nn.Module):
+    """A method with one random field for every pair. It folds and points outside the image, so it affects every metric."""
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
         field = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal((3, *SHAPE)), (0, 2, 2, 2))
@@ -223,7 +222,7 @@ class Known(nn.Module):
 def _registered(
     network: nn.Module, grids: list[Shape | None], refinement: dict | None = None
 ) -> dict[str, list[float]]:
-    """The one test pair: for each grid the root mean square of u along each axis, in voxels, and the mean warped image."""
+    """Register the test pair: root mean square of u along each axis in voxels, and mean of the warped image, per grid."""
     data = small_data(1)
     pair, numbers = data.pair(*data.pairs("test")[0]), {"displacement": [], "warped": []}
     for grid in grids:
@@ -234,22 +233,22 @@ def _registered(
 
 
 def _fresh(kind: str, **refinement) -> dict[str, list[float]]:
-    """The small network as it is before training."""
+    """The numbers of a registration by the small network before training."""
     torch.manual_seed(1)
     run = _small_run(kind)
     return _registered(build(run), grid_sizes(run), refinement)
 
 
 def _metrics(labels: int) -> dict[str, list[float]]:
-    """Every metric of a known registration of the one test pair."""
+    """Every metric of the test pair under ``ConstantDisplacement``."""
     how = {"dataset": "small", "run": "known", "method": "known", "grids": [None], "chosen": None}
-    cases = evaluate(small_data(labels), Known(), **how).select_dtypes("number")
+    cases = evaluate(small_data(labels), ConstantDisplacement(), **how).select_dtypes("number")
     cases = cases.drop(columns=["seconds", "peak_mb"]).dropna(axis=1)
     return {name: list(cases[name].astype(float)) for name in cases}
 
 
 def evaluation_numbers(kind: str) -> dict[str, list[float]]:
-    """The numbers of one kind of evaluation. InputError for a kind that is not known here."""
+    """The numbers of one kind of evaluation. InputError for an unknown kind."""
     with _quietly():
         if kind == "metrics":
             return _joined({f"{labels} labels": _metrics(labels) for labels in (0, 1, 10)})
@@ -257,7 +256,7 @@ def evaluation_numbers(kind: str) -> dict[str, list[float]]:
             return _registered(build({"method": "identity"}), [None])
         if kind == "syn":
             networks = {run["metric"]: build(run) for run in SYN}
-            with fresh_processes(1) as process:  # one for all: it takes seconds to start
+            with fresh_processes(1) as process:  # one for all networks, as it takes seconds to start
                 for network in networks.values():
                     network.process = process
                 return _joined({metric: _registered(network, [None]) for metric, network in networks.items()})
@@ -272,7 +271,7 @@ def _joined(parts: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
 
 
 def preprocessing_numbers() -> dict[str, list[float]]:
-    """What becomes of six small scans, as they are and aligned to the first one."""
+    """The numbers of six small preprocessed scans, both without alignment and aligned to the first scan."""
     rng, folder = np.random.default_rng(0), Path(_scratch().name) / "cohort"
     affine = np.diag((-2.0, 2.5, 3.0, 1.0))  # LAS, anisotropic
     affine[:3, 3] = (30, -20, 10)
@@ -321,7 +320,7 @@ def _scan_numbers(data: Preprocessed, name: str, kept: float) -> dict[str, float
 
 
 def compute() -> dict[str, Any]:
-    """All that the file holds, computed anew: some 20 seconds."""
+    """Compute all numbers of the file. This takes some 20 seconds."""
     networks = list(network_runs())
     evaluations = ["metrics", "identity", "syn", *networks, *(f"refinement-{name}" for name in ("mse", "ncc", "mi"))]
     return {
@@ -332,7 +331,7 @@ def compute() -> dict[str, Any]:
 
 
 def differences(found: Any, stored: Any, name: str = "") -> Iterator[str]:
-    """One line for each kind and number that is not the same in both, by more than rounding."""
+    """One line for each number that differs between both by more than rounding."""
     if isinstance(found, dict) or isinstance(stored, dict):
         found, stored = found or {}, stored or {}
         for key in {**stored, **found}:
@@ -354,7 +353,7 @@ def _rounded(numbers: Any) -> Any:
 
 
 def check(names: Sequence[str]) -> dict[str, Any]:
-    """The numbers of these kinds of training in the file. InputError where the code computes others."""
+    """The numbers of these kinds of training in the file. InputError if the code computes other numbers."""
     stored = kinds.numbers_of("train", names)
     changed = list(differences({name: training_numbers(name) for name in names}, stored, "train"))
     if changed:
@@ -381,7 +380,7 @@ def write(numbers: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog=kinds.COMMAND, description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with the file, and leave it")
+    parser.add_argument("--check", action="store_true", help="only compare with the file")
     options = parser.parse_args()
 
     def start() -> None:

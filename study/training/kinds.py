@@ -1,12 +1,12 @@
-"""Which kinds of computation a run is made of: the names in ``fingerprints.yaml``, and the numbers that DVC compares.
+"""The kinds of computation in a run: their names in ``fingerprints.yaml``, and the numbers that DVC compares.
 
-A training depends on its data, its settings and what the code computes, not on the text of the code. What the code
-computes is noticed by a few numbers for each kind of run (``study.training.fingerprint``). A run is of several kinds:
-its network, its number of layers, its similarity.
+A training depends on its data, its settings and what the code computes, but not on the text of the code. A few numbers
+for each kind of computation show when the code computes something else (``study.training.fingerprint``). A run has
+several kinds: its network, its number of layers, its similarity.
 
-    python -m study.training.kinds results/fingerprints     the numbers of every run in use, one file each
+    python -m study.training.kinds results/fingerprints     writes the numbers of every run in use, one file per run
 
-DVC has these files as dependencies: when a kind changes, its runs are trained or evaluated again, and no others.
+These files are dependencies of DVC's stages. When a kind changes, only its runs are trained or evaluated again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMAND = "python -m study.training.fingerprint"
 
 
 def network_kinds(run: dict[str, Any]) -> list[str]:
-    """The kinds of a run's network: settings that select other code, not just another size."""
+    """The kinds of a run's network. A setting makes a kind if it selects other code, not only another size."""
     method = run["method"]
     if method == "gridreg":
         kind = f"gridreg-{run.get('upsampling', 'trilinear')}"
@@ -51,13 +51,13 @@ def network_kinds(run: dict[str, Any]) -> list[str]:
 
 
 def training_kinds(run: dict[str, Any], similarity: str, dice_weight: float) -> list[str]:
-    """The kinds of a training, under ``train`` in the file."""
+    """The kinds of a training, which are under ``train`` in the file."""
     losses = [] if similarity == "mse" else [f"similarity-{similarity}"]
     return [*network_kinds(run), *losses, "labels" if dice_weight else "no-labels"]
 
 
 def evaluation_kinds(run: dict[str, Any], refined_by: str | None = None) -> list[str]:
-    """The kinds of an evaluation, under ``evaluate`` in the file; refined_by: the similarity of a refinement."""
+    """The kinds of an evaluation, which are under ``evaluate`` in the file; ``refined_by`` is a refinement's similarity."""
     return ["metrics", *network_kinds(run), *([] if refined_by is None else [f"refinement-{refined_by}"])]
 
 
@@ -72,7 +72,7 @@ def _parsed(file: Path, modified: int) -> dict[str, Any]:
 
 
 def numbers_of(section: str, kinds: Sequence[str]) -> dict[str, Any]:
-    """The numbers of some kinds, as the file has them. InputError for a kind that it lacks."""
+    """The numbers that the file has for some kinds. InputError for a kind that it lacks."""
     stored = read()[section]
     for kind in kinds:
         if kind not in stored:
@@ -81,9 +81,9 @@ def numbers_of(section: str, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def write(folder: Path | str, values: dict[str, Any]) -> None:
-    """For every run in use, the numbers it depends on: ``train/<dataset>/<run>.json`` and ``evaluate/<dataset>/<run>.json``.
+    """Write the numbers on which every run in use depends: ``train/<dataset>/<run>.json`` and ``evaluate/…``.
 
-    The refined evaluation of a run is ``<run>-refined.json``; the dataset of an ablation is ``ablation``.
+    A refined evaluation is ``<run>-refined.json``. Ablations are in the folder ``ablation``.
     """
 
     def save(section: str, dataset: str, name: str, kinds: list[str]) -> None:
@@ -108,7 +108,7 @@ def write(folder: Path | str, values: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.training.kinds", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("folder", type=Path, help="folder for the files")
     folder = parser.parse_args().folder
     return exit_status(lambda: write(folder, params.load()))
 

@@ -1,4 +1,4 @@
-"""What training minimises: similarity, Dice and bending losses of one batch (paper, section 3.3)."""
+"""The training objective: similarity, Dice and bending losses of one batch (paper, section 3.3)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gridreg.spatial import Shape, warp
 from gridreg.upsampling import upsample, upsample_sigma
 from study.cohorts.dataset import Preprocessed
 
-# Weight of the uncertainty loss, in mean squared residuals. On the pelvis the Dice on validation is 0.79 without σ, 0.77
-# with this weight, 0.74 with 0.1 and 0.72 with 1.
-UNCERTAINTY_SHARE = 0.02
+# Weight of the uncertainty loss, relative to the mean squared residual. Validation Dice on the pelvis: 0.79 without σ, 0.77
+# with this weight, 0.74 with 0.1, 0.72 with 1.
+UNCERTAINTY_WEIGHT = 0.02
 
 
 def similarity_loss(
@@ -30,11 +30,11 @@ def similarity_loss(
 
     fixed, moving (B, 1, W, H, D) in [0, 1]; similarity one of ``losses.SIMILARITIES``.
 
-    For a Bayesian registration the uncertainty-weighted loss (equation 2) is added, mean over ``samples`` displacements
-    drawn on the grid, T = μ + σ ε. It trains σ alone, and μ has the loss it would have without σ: if μ learnt from the
-    samples, a σ beyond the size of the texture would hide the image from it, and σ would go on growing. The weight is
-    ``UNCERTAINTY_SHARE`` of the mean squared residual. Adam does not see the scale of the loss in the head for σ, but
-    both heads share their features, and a small weight leaves these to μ.
+    For a Bayesian registration the uncertainty-weighted loss (equation 2) is added, as the mean over ``samples``
+    displacements T = μ + σ ε drawn on the grid. It trains σ alone, and the loss of μ is the same as without σ. If μ were
+    trained on the samples, a σ larger than the texture would hide the image from μ, and σ would keep growing. The weight
+    is ``UNCERTAINTY_WEIGHT`` times the mean squared residual. Adam makes the head for σ independent of this weight, but
+    both heads share features, and a small weight lets μ determine these.
     """
     warped = warp(moving, registration.displacement)
     mean, sigma = registration.control_points, registration.sigma
@@ -45,7 +45,7 @@ def similarity_loss(
     energy = losses.gradient_energy(fixed)
     largest_sigma = losses.LARGEST_SIGMA * torch.tensor(shape, device=mean.device).view(3, 1, 1, 1)
     dense_variance = upsample_sigma(sigma, shape, network.upsampling).square()
-    weight = UNCERTAINTY_SHARE * losses.mse_loss(fixed, warped).detach() / samples
+    weight = UNCERTAINTY_WEIGHT * losses.mse_loss(fixed, warped).detach() / samples
     for _ in range(samples):
         noise = torch.randn(mean.shape).to(mean.device)  # drawn on the CPU: the same on every device
         sample = warp(moving, upsample(mean.detach() + sigma * noise, shape, network.upsampling))
@@ -68,10 +68,10 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     """Similarity, bending and Dice losses of one batch (paper, section 3.3), each a scalar, by name.
 
-    pairs    (fixed id, moving id), a batch of them
-    grid     control points along each axis; None for a method that has none
-    dice     whether the Dice loss is among them
-    samples  displacements that the uncertainty loss draws
+    pairs    the batch: (fixed id, moving id) of each pair
+    grid     control points along each axis; None for a method without control points
+    dice     whether to compute the Dice loss
+    samples  number of displacements that the uncertainty loss draws
     """
     fixed, moving = (to_tensor([data.image(pair[side]) for pair in pairs], device) for side in (0, 1))
     registration: Registration = network(fixed, moving, grid)

@@ -1,13 +1,14 @@
-"""One training function for every learned method (paper, sections 3.3 and 4.3): Adam, the best step chosen on validation.
+"""One training function for every learned method (paper, sections 3.3 and 4.3): Adam, best step chosen on validation.
 
-A training that was interrupted goes on where it stood and ends with the same weights (on a GPU not bit for bit: its sums
-have no fixed order). A step draws from (seed, step) alone. The state is in a folder named by a hash of data, settings and
-fingerprint: what the code computes, not how it is written.
+An interrupted training resumes where it stopped and ends with the same weights. On a GPU they are not equal bit for bit,
+as its sums have no fixed order. A step depends on (seed, step) alone. The state is kept in a folder that is named by a
+hash of data, settings and fingerprint, where the fingerprint stands for what the code computes.
 
-    python -m study.training.train prostate gridreg-8      one run of params.yaml; through torchrun, on several GPUs
-    python -m study.training.train ablation layers-4       one of its ablations
-    python -m study.training.train --number 7              the run of that number in --list, for a task of a job array
-    (both leave a finished training in the scratch folder, where the pipeline finds it)
+    python -m study.training.train prostate gridreg-8      trains one run of params.yaml; with torchrun on several GPUs
+    python -m study.training.train ablation layers-4       trains one of its ablations
+    python -m study.training.train --number 7              trains number 7 of --list, as one task of a job array
+
+Without --out, a finished training stays in the scratch folder, where the pipeline finds it.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from study.training.devices import launch
 from study.training.kinds import training_kinds
 from study.training.objective import loss_terms
 
-SCRATCH = Path(".scratch")  # of unfinished trainings, and of finished ones that wait for the pipeline
-WARM_UP = 0.1  # share of the steps over which the learning rate rises; then it falls along a cosine
+SCRATCH = Path(".scratch")  # holds unfinished trainings, and finished ones until the pipeline fetches them
+WARM_UP = 0.1  # fraction of the steps in which the learning rate rises; then it falls along a cosine
 RECORD_EVERY = 10  # steps between two rows of history.csv
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear rise, then a cosine to zero."""
+    """The learning rate at a step: it rises linearly and then falls to zero along a cosine."""
     rise = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -58,10 +59,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def draw(
     pairs: list, grids: list, batch: int, seed: int, step: int, rank: int, identical: float = 0.0
 ) -> tuple[list, Shape | None]:
-    """One step's pairs and grid size: other pairs on every device, the same grid on all.
+    """The pairs and the grid size of one step: every device has its own pairs, and all have the same grid.
 
-    It also seeds what else the step draws: Monte-Carlo samples, dropped paths. With the chance ``identical`` a pair is
-    replaced by its fixed scan twice, so that a network learns when there is nothing to do.
+    It also seeds the other random numbers of the step: Monte-Carlo samples and dropped paths. With probability
+    ``identical`` the fixed scan of a pair also replaces its moving scan, so that the network learns to predict no motion.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1)[0]))
     chosen = np.random.default_rng([seed, step, rank]).integers(len(pairs), size=batch)
@@ -72,7 +73,7 @@ def draw(
 
 @torch.no_grad()
 def validate(network: nn.Module, data: Preprocessed, grids: list, device) -> dict[str, float]:
-    """Mean validation score of each grid size, higher is better: Dice, or minus the MSE where not all have labels."""
+    """Mean validation score of each grid size by name; higher is better. Dice, or minus the MSE unless all have labels."""
     scores: dict[str, list[float]] = {grid_name(grid): [] for grid in grids}
     labelled = all(data.index["subjects"][subject]["label"] for pair in data.pairs("val") for subject in pair)
     network.eval()
@@ -94,19 +95,19 @@ def validate(network: nn.Module, data: Preprocessed, grids: list, device) -> dic
 def choose_grid(network: nn.Module, data: Preprocessed, grids: list, device) -> tuple[Shape | None, dict[str, float]]:
     """The grid size with the best validation score (paper, section 3.1), and the score of each of ``grids`` by name.
 
-    ``grids`` may be any sizes, not only those of the training; the first of equals is chosen.
+    ``grids`` may differ from those of the training. Of equal scores the first is chosen.
     """
     scores = validate(network, data, grids, device)
     return max(grids, key=lambda grid: scores[grid_name(grid)]), scores
 
 
 def total_steps(settings: dict[str, Any], pairs: int, subjects: int, devices: int = 1) -> int:
-    """``steps``, or those of ``epochs``: an epoch has as many pairs as there are subjects, or all pairs if they are fewer."""
+    """Number of steps: ``steps``, or that of ``epochs``. An epoch has as many pairs as subjects, but at most all pairs."""
     return settings["steps"] or settings["epochs"] * math.ceil(min(pairs, subjects) / (settings["batch"] * devices))
 
 
 class State:
-    """Everything that a training needs to go on: weights, Adam's moments, the best weights so far, the history."""
+    """Everything that a resumed training needs: weights, Adam's moments, the best weights so far, the history."""
 
     def __init__(self, network: nn.Module, optimiser: torch.optim.Adam, folder: Path):
         self.network, self.optimiser, self.file = network, optimiser, folder / "state.safetensors"
@@ -157,7 +158,7 @@ def optimise(
     bending_weight: float,
     dice_weight: float,
 ) -> None:
-    """The training itself, for ``train``; writes ``out`` whole or not at all, its state until then beside it."""
+    """The training loop of ``train``. It writes ``out`` whole or not at all, and keeps its state beside it until then."""
     torch.manual_seed(seed)
     network, grids, pairs = build(run), grid_sizes(run), data.pairs("train")
     steps = total_steps(settings, len(pairs), len(data.subjects("train")), fabric.world_size)
@@ -165,7 +166,7 @@ def optimise(
     out.parent.mkdir(parents=True, exist_ok=True)
     state = State(network, optimiser, out.parent)
     wrapped, optimiser = fabric.setup(network, optimiser)
-    state.resume()  # only now: what it reads goes to where the weights are
+    state.resume()  # only now, so that it loads to the device of the weights
     start, step_seconds = state.step, []
     progress = tqdm(total=steps, initial=start, unit="step", mininterval=2, disable=not fabric.is_global_zero)
     progress.set_description(f"{data.index['name']} {run['method']}")
@@ -251,22 +252,25 @@ def train(
     dice_weight: float,
     scratch: Path | str = SCRATCH,
 ) -> dict[str, Any]:
-    """Train one run on the training pairs of ``data`` and write it to ``out``; returns what metrics.json holds.
+    """Train one run on the training pairs of ``data`` and write it to ``out``; returns the content of metrics.json.
 
-    run         a run of params.yaml: method and its settings, as ``methods.build`` takes it
-    settings    steps or epochs, batch, learning_rate (peak), beta2 (of Adam), bending (times bending_weight),
-                validate_every (steps), clip (longest gradient; None: any), identical (chance of a scan with itself)
+    run         a run of params.yaml: method and its settings, as for ``methods.table.build``
+    settings    steps or epochs, batch, learning_rate (peak), beta2 (of Adam), bending (multiplies bending_weight),
+                validate_every (steps), clip (largest norm of the gradient; None: no limit), identical (probability that
+                a scan is paired with itself)
+    seed        of the initial weights and of every draw
     similarity  "mse" (the paper's), "ncc" or "mi"
-    out         gets model.safetensors, model.json, history.csv and metrics.json; None: they wait in ``scratch``, and
+    bending_weight, dice_weight  of the losses
+    out         folder for model.safetensors, model.json, history.csv and metrics.json. None: they stay in ``scratch``, and
                 the next call with the same arguments and an ``out`` moves them there
 
-    The weights kept are those with the best validation Dice, mean over the run's grid sizes; the grid size in
-    model.json is the best of them on validation (paper, section 3.1). The test set is not touched.
+    The result has the weights with the best validation Dice, as a mean over the run's grid sizes. The grid size in
+    model.json is the best one on validation (paper, section 3.1). The test set is not used.
 
-    InputError where ``dice_weight`` asks for labels that are not there, where the loss is no number any more, where
-    another process trains the same, and where the code computes something else than ``fingerprints.yaml`` says.
+    InputError if ``dice_weight`` is above 0 and labels are missing, if the loss is not finite, if another process trains
+    the same run, and if the code computes other numbers than ``fingerprints.yaml`` holds.
     """
-    from study.training.fingerprint import check  # here, not above: it trains small networks with ``optimise``
+    from study.training.fingerprint import check  # imported here because it imports ``optimise`` from this module
 
     bare = [name for name in data.subjects("train") if not data.index["subjects"][name]["label"]]
     if dice_weight and bare:
@@ -297,10 +301,10 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.training.train", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", help="a name under use.datasets in params.yaml, or ablation")
-    parser.add_argument("run", nargs="?", help="a name under runs, of a method that is trained")
-    parser.add_argument("--number", type=int, help="instead of both: a number of --list")
-    parser.add_argument("--list", action="store_true", help="every training in use, with its number")
-    parser.add_argument("--out", type=Path, help="a folder for the result; without it, the pipeline takes it over")
+    parser.add_argument("run", nargs="?", help="a name under runs, with a method that is trained")
+    parser.add_argument("--number", type=int, help="instead of both: a number in --list")
+    parser.add_argument("--list", action="store_true", help="list every training in use with its number")
+    parser.add_argument("--out", type=Path, help="folder for the result; by default the pipeline fetches it")
     options = parser.parse_args()
 
     def start() -> None:

@@ -42,7 +42,7 @@ def another_initialisation(patch):
 
 
 def another_weight(patch):
-    patch.setattr(objective, "UNCERTAINTY_SHARE", 1.02 * objective.UNCERTAINTY_SHARE)
+    patch.setattr(objective, "UNCERTAINTY_WEIGHT", 1.02 * objective.UNCERTAINTY_WEIGHT)
 
 
 def another_norm(patch):
@@ -92,7 +92,7 @@ def test_another_computation_is_noticed_and_the_kind_is_named(anew, monkeypatch,
 
 
 def test_a_change_of_one_kind_leaves_the_others_alone(anew, monkeypatch):
-    monkeypatch.setattr(objective, "UNCERTAINTY_SHARE", 0.5)
+    monkeypatch.setattr(objective, "UNCERTAINTY_WEIGHT", 0.5)
     assert not changed("train", "gridreg-trilinear") and changed("train", "gridreg-deconv-bayesian")
 
 

@@ -13,7 +13,7 @@ from gridreg import losses
 from gridreg.network import Registration
 from gridreg.refinement import unsupervised_loss
 from gridreg.upsampling import upsample
-from study.training.objective import UNCERTAINTY_SHARE, similarity_loss
+from study.training.objective import UNCERTAINTY_WEIGHT, similarity_loss
 
 SHAPE, GRID, SAMPLES = (6, 7, 8), (2, 3, 2), 2
 NETWORK = SimpleNamespace(upsampling="trilinear")
@@ -70,7 +70,7 @@ def test_equation_2_by_hand(example):
         sample = warped(moving, mean + sigma * torch.randn(1, 3, *GRID)[0].double().numpy())
         of_samples.append(equation(fixed, sample, energy, dense_variance))
         of_samples[-1] += equation(*map(at_grid, (fixed, sample, energy)), sigma**2)
-    expected = plain + UNCERTAINTY_SHARE * ((fixed - of_mean) ** 2).mean() * np.mean(of_samples)
+    expected = plain + UNCERTAINTY_WEIGHT * ((fixed - of_mean) ** 2).mean() * np.mean(of_samples)
     assert abs(np.mean(of_samples)) > 0.1
     assert loss_of(*example).item() == pytest.approx(expected, rel=1e-6)
 

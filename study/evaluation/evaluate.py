@@ -1,4 +1,4 @@
-"""One evaluation for every method: per-case results of the held-out test pairs (paper, section 4.4)."""
+"""One evaluation for all methods: per-case results on the held-out test pairs (paper, section 4.4)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from study.methods.table import build, grid_name, grid_sizes
 
 
 def load_run(run: dict[str, Any], folder: Path | str) -> tuple[nn.Module, list, Shape | None, dict[str, Any]]:
-    """A run of ``params.yaml`` ready to evaluate: network, its grid sizes, the chosen one, and how it was trained.
+    """A run of ``params.yaml`` to evaluate: network, its grid sizes, the chosen grid size, and facts of its training.
 
-    A method that is not trained (identity) has nothing in ``folder`` and no grid.
+    A method that is not trained (identity, SyN) has no ``folder`` and no grid. InputError as in ``load_model``.
     """
     if run["method"] in UNTRAINED:
         return build(run), [None], None, {}
@@ -47,12 +47,12 @@ def register(
     where: torch.device,
     refinement: dict[str, Any] | None = None,
 ) -> tuple[Registration, np.ndarray, float, float]:
-    """Register one pair; ``refinement`` holds arguments of ``gridreg.refine``, or None.
+    """Register one pair; ``refinement`` holds arguments of ``gridreg.refine``, or is None.
 
-    A method that looks only around the labels (SyN with ``mask_margin``) is given them.
+    A method whose metric is evaluated around the labels (SyN with ``mask_margin``) also gets the labels.
 
-    Returns the registration, the warped moving image (W, H, D), the seconds for network, refinement and warp with the
-    images on the device, and the peak of GPU memory in MB, weights and images included (NaN without a GPU).
+    Returns the registration, the warped moving image (W, H, D), the seconds of network, refinement and warp for images on
+    the device, and the peak GPU memory in MB with weights and images (NaN without a GPU).
     """
     images = [to_tensor([image], where) for image in (pair.fixed, pair.moving)]
     on_gpu = where.type == "cuda"
@@ -87,12 +87,12 @@ def evaluate(
     pictures: Path | str | None = None,
     pictured_cases: int = 4,
 ) -> pd.DataFrame:
-    """Per-case results of ``network`` on the test pairs, at each of ``grids``; one row a pair and grid.
+    """Per-case results of ``network`` on the test pairs, with one row per pair and grid.
 
-    chosen      the grid size chosen on validation; the rows of the others are for Figure 8 alone
-    refinement  arguments of ``gridreg.refine``, for methods with control points; None: what the network answers
-    pictures    a folder for the warped image, the warped labels and the ITK displacement field of the first cases, and
-                for σ in mm where the method has a Bayesian head
+    chosen      the grid size chosen on validation; rows of other grids are for Figure 8 alone
+    refinement  arguments of ``gridreg.refine``, for methods with control points; None: no refinement
+    pictures    folder for the warped image, the warped labels and the ITK displacement field of the first
+                ``pictured_cases`` cases, and for σ in mm if the method has a Bayesian head
     """
     where = device()
     network = network.to(where).eval()
@@ -123,20 +123,20 @@ def evaluate(
 def motion_of_identical_mm(
     network: nn.Module, pair: Pair, grid: Shape | None, where: torch.device, refinement: dict[str, Any] | None = None
 ) -> float:
-    """Mean motion in mm, within the pair's region, where the fixed image is registered to itself; 0 would be right."""
+    """Mean motion in mm within the pair's region when the fixed image is registered to itself; the correct value is 0."""
     same = replace(pair, moving=pair.fixed, labels=(pair.labels[0], pair.labels[0]))
     displacement = register(network, same, grid, where, refinement)[0].displacement[0].cpu().numpy()
     return tre_mm(displacement, np.zeros_like(displacement), pair.region, pair.spacing_mm)
 
 
 def sigma_mm(registration: Registration, upsampling: str, spacing_mm: float) -> torch.Tensor:
-    """How uncertain a Bayesian registration is, (B, W, H, D) in mm: the root of the summed variances of the three axes."""
+    """Uncertainty of a Bayesian registration, (B, W, H, D) in mm: the root of the summed variances of the three axes."""
     shape = tuple(registration.displacement.shape[2:])
     return spacing_mm * upsample_sigma(registration.sigma, shape, upsampling).norm(dim=1)
 
 
 def save_pictures(stem: Path, pair: Pair, warped: np.ndarray, displacement: np.ndarray) -> None:
-    """Write ``<stem>.nii.gz``, its labels and its displacement field (ITK: vector intent, LPS, mm)."""
+    """Write the warped image ``<stem>.nii.gz``, its labels and its displacement field (ITK: vector intent, LPS, mm)."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_volume(f"{stem}.nii.gz", warped.astype(np.float32), pair.affine)
     write_displacement(f"{stem}_displacement.nii.gz", displacement, pair.affine)
@@ -145,7 +145,7 @@ def save_pictures(stem: Path, pair: Pair, warped: np.ndarray, displacement: np.n
 
 
 def summary(cases: pd.DataFrame, training: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """Means over the cases at the chosen grid, for ``dvc metrics``; NaN is left out."""
+    """Means over the cases at the chosen grid, for ``dvc metrics``; NaN values are left out."""
     chosen = cases[cases["chosen"]]
     means = chosen.select_dtypes("number").mean().dropna()
     result = {name: round(float(value), 6) for name, value in means.items()}
@@ -154,7 +154,7 @@ def summary(cases: pd.DataFrame, training: dict[str, Any], parameters: int) -> d
         "cases": len(chosen),
         "parameters": parameters,
         "device": describe_device(device()),
-        "precision": "32-true",  # whatever the training had
+        "precision": "32-true",  # of evaluation, whatever the precision of the training
         "steps": training.get("steps"),
         "batch": training.get("batch"),
     }

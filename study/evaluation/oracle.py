@@ -1,9 +1,9 @@
-"""The oracle: how close a grid of control points can come to the true displacement, whoever places the points.
+"""The oracle: the smallest error with which a grid of control points can represent the true displacement.
 
-A registration errs for two reasons. Its grid cannot express the truth: the approximation error, which shrinks with more
-control points. And it does not find the best field that its grid can express: the estimation error (see Lesson 1), from noise, homogeneous
-tissue and the network. The least-squares fit of the control points to the truth has the first error alone. This needs the
-truth, so it belongs to simulated cohorts, and no setting may be chosen by it.
+A registration has two errors. The approximation error exists because the grid cannot represent the truth; it shrinks with
+more control points. The estimation error (Lesson 1) exists because the method does not find the best field of its grid,
+owing to noise, homogeneous tissue and the network. The least-squares fit of the control points to the truth has the first
+error alone. It needs the truth, so it exists for simulated cohorts only, and no setting may be chosen by it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gridreg.upsampling import basis
 from study.cohorts.dataset import Preprocessed
 from study.methods.table import grid_name
 
-TOLERANCE = 1e-8  # relative, of the residual's gradient: the error is then exact to all digits that a table prints
+TOLERANCE = 1e-8  # relative, of the residual's gradient; the error is then exact in all digits of a table
 ITERATIONS = 2000
 
 
@@ -35,8 +35,8 @@ def best_control_points(truth: np.ndarray, region: np.ndarray, grid_size: int | 
     method     "trilinear", "bspline" or "deconv"
     returns    (3, gw, gh, gd) voxels, float64; a control point that reaches no voxel of the region stays 0
 
-    Solved by LSMR, the basis applied as one small matrix an axis. ValueError on an empty region, shapes that do not
-    fit, or a grid size under 2 or over the image.
+    LSMR solves for them, with the basis applied as one small matrix per axis. ValueError on an empty region, on shapes
+    that do not fit, and on a grid size below 2 or above that of the image.
     """
     truth, region = np.asarray(truth, float), np.asarray(region, bool)
     if truth.shape != (3, *region.shape):
@@ -47,7 +47,7 @@ def best_control_points(truth: np.ndarray, region: np.ndarray, grid_size: int | 
     box = find_objects(region.astype(np.int8))[0]  # outside it there is nothing to fit
     inside = region[box].astype(float)
     rows = [basis(n, g, method).double().numpy()[part] for n, g, part in zip(region.shape, grid_size, box)]
-    # columns of unit length: a control point at the rim of the region counts for as much as one in its midst
+    # columns of unit length, so that a control point at the rim of the region is as well conditioned as one in its middle
     length = np.sqrt(_along_axes(inside[None], [b.T**2 for b in rows]))
     scale = np.divide(1, length, out=np.zeros_like(length), where=length > 1e-6)
     columns, observed = [b.T for b in rows], (3, *inside.shape)
@@ -65,7 +65,7 @@ def best_control_points(truth: np.ndarray, region: np.ndarray, grid_size: int | 
 
 
 def _along_axes(volume: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
-    """Contract the last three axes of (C, a, b, c) with (A, a), (B, b), (C, c), in float64."""
+    """``upsampling.apply_along_axes`` in NumPy and float64: volume (C, a, b, c), matrices (A, a), (B, b), (C', c)."""
     first, second, third = matrices
     return np.einsum("Aa,cabd->cAbd", first, second @ (volume @ third.T), optimize=True)
 
@@ -73,10 +73,10 @@ def _along_axes(volume: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
 def oracle_error_mm(
     truth: np.ndarray, region: np.ndarray, spacing_mm: float, grid_size: int | Shape, method: str = "trilinear"
 ) -> float:
-    """Mean distance in mm, over ``region``, between the truth and the best field of a grid; arguments as above.
+    """Mean distance in mm over ``region`` between the truth and the best field of a grid; NaN for an empty region.
 
-    "Best" is in the mean square, where the errors add up exactly: mean |u - truth|² = mean |u - best|² +
-    mean |best - truth|² for every field u of the grid. NaN for an empty region.
+    The arguments are those of ``best_control_points``. "Best" means least squares, for which the squared errors add up:
+    mean |u - truth|² = mean |u - best|² + mean |best - truth|² for every field u of the grid.
     """
     if not region.any():
         return float("nan")
@@ -88,7 +88,7 @@ def oracle_error_mm(
 def oracle_table(
     data: Preprocessed, dataset: str, grids: Iterable[int | Shape], method: str = "trilinear", split: str = "test"
 ) -> pd.DataFrame:
-    """``oracle_error_mm`` of every pair of a split at every grid, within the region in which evaluation measures TRE.
+    """``oracle_error_mm`` of every pair of a split at every grid, within the region in which evaluation measures the TRE.
 
     Returns columns dataset, fixed, moving, grid ("5x5x5"), oracle_mm; a pair without a known truth has no row.
     """

@@ -1,4 +1,4 @@
-"""Predicted uncertainty beside the known error: the numbers behind Figure 7 and its calibration table."""
+"""Predicted uncertainty compared with the known error: the numbers of Figure 7 and of its calibration table."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from gridreg.upsampling import upsample, upsample_sigma
 from study.cohorts.dataset import Preprocessed
 from study.evaluation.evaluate import register
 
-VOXELS = 20_000  # of a pair, at most: all voxels of hundreds of pairs in the paper's size would take 100 GB
+VOXELS = 20_000  # largest number per pair; all voxels of hundreds of pairs in the paper's size would take 100 GB
 COLUMNS = ["dataset", "run", "simulated", "grid", "propagation", "scaling", "factor", "fitted_on", "pairs"]
 
-# From the control points to the voxels between them. The head predicts no correlations of neighbours, so both of these
-# are assumptions. The truth lies between them.
+# Two assumptions on how σ extends from control points to the voxels between them. The head predicts no correlations
+# between neighbours; the truth lies between both assumptions.
 INDEPENDENT, CORRELATED = "independent", "fully correlated"
 PROPAGATIONS = {
-    INDEPENDENT: upsample_sigma,  # variances add up with squared weights: between control points errors average out
-    CORRELATED: upsample,  # σ is interpolated like the displacement: errors do not average out
+    INDEPENDENT: upsample_sigma,  # variances add up with squared weights, so errors average out between control points
+    CORRELATED: upsample,  # σ is interpolated like the displacement, so errors do not average out
 }
 
 
 class Uncertain(NamedTuple):
-    """One pair, registered by a network with a Bayesian head; arrays on the fixed grid, mm along each array axis."""
+    """A pair registered by a network with a Bayesian head; arrays are on the fixed grid, in mm along each array axis."""
 
     fixed: str
     moving: str
     sigma_mm: dict[str, np.ndarray]  # by propagation: (3, W, H, D)
-    error_mm: np.ndarray  # (3, W, H, D) displacement minus the true one; NaN where that is not known
-    region: np.ndarray  # (W, H, D) bool: the fixed mask (everything without one), as far as the truth is known
+    error_mm: np.ndarray  # (3, W, H, D) displacement minus the true displacement; NaN where that is unknown
+    region: np.ndarray  # (W, H, D) bool: voxels of the fixed mask (all without a mask) at which the truth is known
 
     def within(self, propagation: str) -> tuple[np.ndarray, np.ndarray]:
-        """(error, sigma), (3, N) each, in the region: at all of its voxels, or at ``VOXELS`` evenly chosen ones."""
+        """(error, sigma), (3, N) each in mm, at all voxels of the region, or at ``VOXELS`` evenly chosen ones."""
         voxels = np.flatnonzero(self.region)
         if voxels.size > VOXELS:
             voxels = voxels[np.linspace(0, voxels.size - 1, VOXELS).astype(int)]
@@ -47,7 +47,7 @@ class Uncertain(NamedTuple):
 
 
 def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: str) -> Iterator[Uncertain]:
-    """Every pair of a split, registered at ``grid``, one after the other. They are whole volumes: keep few of them."""
+    """Register every pair of a split at ``grid``, one after the other. A result holds whole volumes, so keep few of them."""
     where = device()
     network = network.to(where).eval()
     for fixed, moving in tqdm(data.pairs(split), f"uncertainty {split}", unit="pair", mininterval=2, leave=False):
@@ -66,7 +66,7 @@ def uncertain_pairs(data: Preprocessed, network: nn.Module, grid: Shape, split: 
 
 
 def joined(pairs: Iterable[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Propagation → (error, sigma), (3, N) each, of all pairs whose truth is known (``within``); empty without any."""
+    """Propagation → (error, sigma), (3, N) each, joined over all pairs with known truth (``within``); {} without such."""
     known = [{name: pair.within(name) for name in PROPAGATIONS} for pair in pairs if pair.region.any()]
     return {
         name: tuple(np.concatenate(side, axis=1) for side in zip(*(pair[name] for pair in known)))
@@ -77,12 +77,12 @@ def joined(pairs: Iterable[Uncertain]) -> dict[str, tuple[np.ndarray, np.ndarray
 def calibration_rows(
     dataset: str, run: str, grid: str, simulated: bool, measured: dict, fitted: dict, pairs: tuple[int, int]
 ) -> pd.DataFrame:
-    """``calibration.report`` on the test pairs, as predicted and after one factor fitted on the validation pairs.
+    """``calibration.report`` of the test pairs, as predicted and rescaled by one factor fitted on the validation pairs.
 
-    measured, fitted   ``joined`` test and validation pairs
-    pairs              their numbers
+    measured, fitted   ``joined`` test pairs, and ``joined`` validation pairs
+    pairs              the numbers of test pairs and of validation pairs
 
-    Two rows for either propagation; none where the truth of the test or the validation pairs is not known.
+    Two rows for each propagation; none if the truth of the test or the validation pairs is unknown.
     """
     rows = []
     for name in measured if fitted else ():

@@ -1,6 +1,6 @@
-"""ANTs SyN, called as every network is: each pair is registered in another process.
+"""ANTs SyN with the interface of a network. Each pair is registered in another process.
 
-Apart from ``syn``, which that process imports: it needs no PyTorch there, and starts in half the time.
+That process imports only ``syn``, a separate module without PyTorch, and so starts in half the time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from study.methods.syn import syn
 
 
 class SyN(nn.Module):
-    """ANTs SyN; settings: the named arguments of ``syn`` except the masks.
+    """ANTs SyN. ``settings`` are the named arguments of ``syn`` except the masks.
 
-    mask_margin  the metric of the deformable stage looks at the labels of both images and at so many voxels around
-                 them; None: everywhere
+    mask_margin  the metric of the deformable stage is evaluated on the labels of both images and up to this many voxels
+                 around them; None: everywhere
 
     The process starts with the first pair, which takes seconds, and is kept for the others.
     """
@@ -34,9 +34,9 @@ class SyN(nn.Module):
     def forward(
         self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None, labels: list[np.ndarray] | None = None
     ) -> Registration:
-        """fixed, moving: (B, 1, W, H, D) in [0, 1], isotropic voxels. There is no grid: ``grid_size`` is not used.
+        """fixed, moving (B, 1, W, H, D) in [0, 1] with isotropic voxels; ``grid_size`` is ignored.
 
-        labels  of the fixed and of the moving image, (W, H, D) each, for ``mask_margin``; B is 1 then
+        labels  label maps of the fixed and the moving image, (W, H, D) each, for ``mask_margin``; B must then be 1
         """
         if self.process is None:
             self.process = fresh_processes(1)
@@ -48,7 +48,7 @@ class SyN(nn.Module):
         jobs = [self.process.submit(syn, *pair, **self.settings, **masks) for pair in pairs]
         try:
             displacement = torch.from_numpy(np.stack([job.result() for job in jobs]))
-        except BrokenProcessPool:  # interrupted, or killed for its memory
+        except BrokenProcessPool:  # interrupted, or killed for lack of memory
             self.process = None  # the next pair starts another
             raise
         return Registration(displacement.to(fixed.device))

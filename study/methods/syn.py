@@ -1,8 +1,8 @@
-"""ANTs SyN, the classical baseline: symmetric diffeomorphic registration of one pair, nothing learned (antspyx).
+"""ANTs SyN, the classical baseline without learning: symmetric diffeomorphic registration of one pair (antspyx).
 
-ITK sums in an order that depends on its number of threads, and reads that number once a process. In a process in
-which ITK has not run before (``study.methods.pairwise`` starts one) there is one thread and one seed: the same pair then
-always gives the same field, and its seconds are those of one thread.
+ITK's order of summation depends on its number of threads, and ITK reads that number once per process. Call ``syn`` in a
+process in which ITK has not run before (``study.methods.pairwise`` starts one). It then uses one thread and one seed, so
+the same pair always gives the same field.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import numpy as np
 from gridreg.errors import InputError
 from gridreg.scans.volumes import RAS_TO_LPS, read_field_mm
 
-METRICS = {"mattes": 32, "CC": 4, "meansquares": 0}  # and ANTs' usual parameter: bins, radius in voxels, none
+METRICS = {
+    "mattes": 32,
+    "CC": 4,
+    "meansquares": 0,
+}  # with ANTs' default parameter: number of bins, radius in voxels, none
 SEED = 1
-CREDIBLE = (0.5, 2.0)  # change of volume by an affine registration; beyond, it has collapsed, mirrored or blown up
+VOLUME_CHANGE = (0.5, 2.0)  # plausible for an affine registration; outside this range it has failed
 
 
 def to_ants(image: np.ndarray, affine: np.ndarray):
-    """An array (W, H, D) and its voxel → world RAS mm affine, oblique if need be, as an ANTs image (LPS)."""
-    import ants  # here, not above: it takes seconds, and ITK must not run before its number of threads is set
+    """An array (W, H, D) with its affine (voxel → RAS mm, possibly oblique) as an ANTs image (LPS)."""
+    import ants  # imported here: it takes seconds, and ITK must not run before its number of threads is set
 
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = RAS_TO_LPS[:, None] * affine[:3, :3] / spacing
@@ -45,19 +49,19 @@ def syn(
     fixed_mask: np.ndarray | None = None,
     moving_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Register two images (W, H, D) of one grid: displacement (3, W, H, D) float32, in voxels, pull-back.
+    """Register two images (W, H, D) on one grid. Returns the displacement (3, W, H, D) float32, in voxels, a pull-back.
 
-    affine        (4, 4) voxel → world RAS mm of the grid; None: isotropic voxels
-    iterations    of the deformable stage, from the coarsest level, at 1/2^(levels - 1) of the resolution, to the full
+    affine        (4, 4) voxel → RAS mm affine of the grid; None: isotropic voxels
+    iterations    of the deformable stage, from the coarsest level, at 1/2^(levels - 1) of the resolution, to the full one
     metric        of that stage: "mattes" (mutual information), "CC" (local cross-correlation) or "meansquares"
     gradient_step, flow_sigma, total_sigma
-                  of SyN: length of a step, and the smoothing of each update and of the whole field, in voxels squared
-    affine_stage  centres of mass and an affine registration come before the deformable stage; where its matrix more
-                  than halves or doubles volumes, or mirrors, which no body does, it is left out after all
+                  of SyN: length of a step, and smoothing of each update and of the whole field, in squared voxels
+    affine_stage  whether centre-of-mass alignment and an affine registration come before the deformable stage. They are
+                  left out if the affine matrix mirrors the image or changes volumes by more than a factor of two
     fixed_mask, moving_mask
-                  where the metric of the deformable stage is evaluated; None: everywhere
+                  (W, H, D) where the metric of the deformable stage is evaluated; None: everywhere
 
-    The defaults are ANTs'. InputError where ANTs fails.
+    The defaults are those of ANTs. InputError where ANTs fails.
     """
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
     import ants
@@ -65,7 +69,7 @@ def syn(
     affine = np.eye(4) if affine is None else affine
     images = [to_ants(image, affine) for image in (fixed, moving)]
     masks = [None if mask is None else to_ants(mask, affine) for mask in (fixed_mask, moving_mask)]
-    ants.config.set_ants_deterministic(on=False, seed_value=SEED)  # `on` would allow only other kinds of registration
+    ants.config.set_ants_deterministic(on=False, seed_value=SEED)  # `on` would not allow this kind of registration
     try:
         with tempfile.TemporaryDirectory() as folder:
             for kind in ("SyN", "SyNOnly") if affine_stage else ("SyNOnly",):
@@ -75,7 +79,10 @@ def syn(
                     grad_step=gradient_step, flow_sigma=flow_sigma, total_sigma=total_sigma,
                 )  # fmt: skip
                 stages = result["fwdtransforms"]
-                if kind == "SyN" and CREDIBLE[0] < _volume_change(ants.read_transform(stages[-1])) < CREDIBLE[1]:
+                if (
+                    kind == "SyN"
+                    and VOLUME_CHANGE[0] < _volume_change(ants.read_transform(stages[-1])) < VOLUME_CHANGE[1]
+                ):
                     break
             field_mm, _ = read_field_mm(ants.apply_transforms(*images, stages, compose=f"{folder}/all_"))
     except RuntimeError as error:
@@ -87,5 +94,5 @@ def syn(
 
 
 def _volume_change(transform) -> float:
-    """Determinant of the matrix of an affine ANTs transform; negative: it mirrors."""
+    """Determinant of the matrix of an affine ANTs transform; it is negative if the transform mirrors."""
     return float(np.linalg.det(np.reshape(transform.parameters[:9], (3, 3))))

@@ -1,6 +1,6 @@
-"""Every registration method under one name and one call: ``build(run)(fixed, moving, grid_size)``.
+"""All registration methods by name, with one interface: ``build(run)(fixed, moving, grid_size)``.
 
-Methods that have no control points accept ``grid_size`` and do not use it.
+Methods without control points accept ``grid_size`` and ignore it.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ from study.methods.voxelmorph import VoxelMorph
 
 
 class Identity(nn.Module):
-    """No registration: the state before it, "original" in Table 1."""
+    """No registration: a displacement of zero, "original" in Table 1."""
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
         return Registration(torch.zeros_like(fixed).repeat(1, 3, 1, 1, 1))
 
 
-def _given(run: dict[str, Any], *names: str) -> dict[str, Any]:
+def _settings(run: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Those of the named settings that the run has."""
     return {name: run[name] for name in names if name in run}
 
 
 def _syn(run: dict[str, Any]) -> nn.Module:
     from study.methods.pairwise import SyN
 
-    return SyN(**_given(run, "iterations", "metric", "gradient_step", "flow_sigma", "total_sigma", "affine_stage",
+    return SyN(**_settings(run, "iterations", "metric", "gradient_step", "flow_sigma", "total_sigma", "affine_stage",
                         "mask_margin"))  # fmt: skip
 
 
 def _transmorph(run: dict[str, Any]) -> nn.Module:
     from study.methods.transmorph import TransMorph
 
-    return TransMorph(**_given(run, "embed", "convolutions", "drop_path"))
+    return TransMorph(**_settings(run, "embed", "convolutions", "drop_path"))
 
 
 def _keymorph(run: dict[str, Any]) -> nn.Module:
     from study.methods.keymorph import KeyMorph
 
-    return KeyMorph(**_given(run, "keypoints", "layers", "width", "poolings", "align", "tps_lambda"))
+    return KeyMorph(**_settings(run, "keypoints", "layers", "width", "poolings", "align", "tps_lambda"))
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "identity": lambda run: Identity(),
     "syn": _syn,
-    "voxelmorph": lambda run: VoxelMorph(**_given(run, "width", "levels", "integration_steps")),
+    "voxelmorph": lambda run: VoxelMorph(**_settings(run, "width", "levels", "integration_steps")),
     "transmorph": _transmorph,
     "keymorph": _keymorph,
     "gridreg": build_gridreg,
@@ -59,7 +60,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 
 
 def build(run: dict[str, Any]) -> nn.Module:
-    """The network of one run of ``params.yaml``. InputError on an unknown method."""
+    """The network of a run of ``params.yaml``. InputError on an unknown method."""
     if run["method"] not in BUILDERS:
         raise InputError(f"method is {run['method']!r}; expected one of {', '.join(BUILDERS)}")
     return BUILDERS[run["method"]](run)
@@ -76,4 +77,5 @@ def grid_name(grid_size: Shape | None) -> str:
 
 
 def parameter_count(network: nn.Module) -> int:
+    """Number of trainable parameters."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)

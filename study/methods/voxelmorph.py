@@ -11,7 +11,7 @@ from gridreg.spatial import Shape
 
 
 class FullPrecision(nn.Module):
-    """A layer in single precision, whatever autocast says: a displacement needs all its digits."""
+    """A layer in single precision even under autocast, because a displacement needs full precision."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -23,19 +23,19 @@ class FullPrecision(nn.Module):
 
 
 class VoxelMorph(nn.Module):
-    """The official VoxelMorph network (package ``voxelmorph``), predicting a dense displacement field.
+    """The official VoxelMorph network (package ``voxelmorph``), which predicts a dense displacement field.
 
-    width, levels      features at each level, and levels
-    integration_steps  squarings of the predicted velocity; 0: the network predicts the displacement itself. The GridReg
-                       paper does so: it reports folds
+    width, levels      features at each level, and number of levels
+    integration_steps  number of squarings that integrate a predicted velocity; 0: the network predicts the displacement
+                       itself. The GridReg paper must use 0, since it reports folds of VoxelMorph
 
-    The defaults are the package's own. Images are zero-padded to the multiple of 2^levels that it needs, and the field
-    is cropped back.
+    The defaults are those of the package. Images are zero-padded to a multiple of 2^levels, and the field is cropped to
+    the image.
     """
 
     def __init__(self, width: int = 16, levels: int = 5, integration_steps: int = 5):
         super().__init__()
-        from voxelmorph.nn.models import VxmPairwise  # here, not above: importing it takes seconds
+        from voxelmorph.nn.models import VxmPairwise  # imported here because the import takes seconds
 
         self.multiple = 2**levels
         self.network = VxmPairwise(
@@ -48,7 +48,7 @@ class VoxelMorph(nn.Module):
         self.network.flow_layer = FullPrecision(self.network.flow_layer)
 
     def forward(self, fixed: Tensor, moving: Tensor, grid_size: Shape | None = None) -> Registration:
-        """fixed, moving: (B, 1, W, H, D) in [0, 1]. There is no grid: ``grid_size`` is not used."""
+        """fixed, moving (B, 1, W, H, D) in [0, 1]; ``grid_size`` is ignored."""
         shape = fixed.shape[2:]
         padding = [side for n in reversed(shape) for side in (0, -n % self.multiple)]
         flow = self.network(F.pad(moving, padding), F.pad(fixed, padding))

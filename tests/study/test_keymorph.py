@@ -204,7 +204,7 @@ def test_the_spline_in_slabs_is_the_spline(monkeypatch):
     points = (2 * torch.rand(2, 2, 20, 3) - 1).requires_grad_()
     whole = displacement(*points, "tps", 0.1)
     (expected,) = torch.autograd.grad(whole.square().mean(), points)
-    monkeypatch.setattr(keymorph, "SLAB", 10_000)
+    monkeypatch.setattr(keymorph, "DISTANCES_AT_ONCE", 10_000)
     slabs = displacement(*points, "tps", 0.1)
     (found,) = torch.autograd.grad(slabs.square().mean(), points)
     torch.testing.assert_close(slabs, whole, rtol=0, atol=1e-4)

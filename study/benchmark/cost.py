@@ -19,11 +19,9 @@ from study.benchmark.memory import MB, growth
 
 PARTS = ["encoder_s", "decoder_s", "upsampling_s", "warp_s"]
 REPEAT_SECONDS, REPEATS = 1.0, (3, 20)  # repeats fill the seconds, within these bounds
-MEMORY_REPEATS = (
-    5  # calls whose memory is watched: the place of blocks, and with it the peak, differs from call to call
-)
+MEMORY_REPEATS = 5  # calls whose memory is measured; blocks, and with them the peak, differ between calls
 
-# PyTorch counts the attention of GPUs, but not that of CPUs.
+# PyTorch counts the operations of attention on GPUs, but not those on CPUs.
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -34,7 +32,7 @@ ATTENTION = {
 
 @dataclass
 class Cost:
-    """Median and least seconds of one call, extra MB at its peak, and all MB at its peak on a GPU (else NaN)."""
+    """Median and smallest time of a call, extra MB at its peak and, on a GPU, all MB at its peak (else NaN)."""
 
     seconds: float
     seconds_min: float
@@ -44,6 +42,7 @@ class Cost:
 
 
 def synchronise(where: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
 
@@ -71,14 +70,14 @@ def with_memory(call: Callable[[], None], where: torch.device) -> tuple[float, f
 
 
 def count(call: Callable[[], None]) -> int:
-    """Multiply-adds of convolutions, matrix products and attention in one call; nothing else is counted."""
+    """Multiply-adds of one call. Convolutions, matrix products and attention are counted, other operations are not."""
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         call()
     return counter.get_total_flops() // 2
 
 
 def cost(call: Callable[[], None], where: torch.device, slow: float = math.inf) -> tuple[Cost, int]:
-    """Cost and multiply-adds. The first call counts and warms up; if it takes ``slow`` seconds, one more is measured.
+    """Cost and multiply-adds. The first call counts operations and warms up. A ``slow`` call (s) is measured only once.
 
     Memory is the median of several calls.
     """
@@ -99,14 +98,14 @@ def cost(call: Callable[[], None], where: torch.device, slow: float = math.inf) 
 def parts(
     network: GridReg, images: Sequence[Tensor], grid: Shape, where: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Median seconds of the four parts of a registration by GridReg; images: fixed, moving (1, 1, W, H, D)."""
+    """Median seconds of the four parts (``PARTS``) of a registration by GridReg; images: fixed, moving (1, 1, W, H, D)."""
     moments: list[float] = []
 
     def mark(*_: Any) -> None:
         synchronise(where)
         moments.append(time.perf_counter())
 
-    # after the head for the means, only their scaling is left to do before the upsampling
+    # after the head for the mean, only a scaling precedes the upsampling
     hooks = [module.register_forward_hook(mark) for module in (network.encoder[-1], network.mean)]
     rows = []
     for _ in range(repeats):
@@ -117,21 +116,21 @@ def parts(
         warp(images[1], registered.displacement)
         mark()
         rows.append(np.diff(moments))
-        del registered  # otherwise the next call would need new memory
+        del registered  # else the next call would need new memory
     for hook in hooks:
         hook.remove()
     return dict(zip(PARTS, np.median(rows, axis=0).tolist()))
 
 
 def state_mb(optimiser: torch.optim.Optimizer) -> float:
-    """MB of the gradients and of the optimiser's state, which a training holds all the time."""
+    """MB of the gradients and of the optimiser's state, which a training always holds."""
     kept = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     kept += [t for state in optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
     return sum(tensor.nbytes for tensor in kept) / MB
 
 
 def bandwidth(where: torch.device) -> float:
-    """Bytes a second that are read or written by a copy too large for any cache; the best of five."""
+    """Bytes per second that are read or written by a copy too large for any cache; the best of five."""
     source = torch.ones(2**26, device=where)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), where) for _ in range(5))

@@ -1,11 +1,11 @@
-"""What each fast path of ``gridreg.fast`` gains: seconds with the plain function and with the fast one, in turn.
+"""Gain of each fast path of ``gridreg.fast``: seconds with the plain function and with the fast one.
 
     python -m study.benchmark.fast_paths --out fast_paths.csv
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m study.benchmark.fast_paths --out fast_paths_avx2.csv
 
-The work is a registration of 128×128×102 voxels, a training step of two pairs of 32×32×26 voxels, and one step of
-refinement at 64×64×51 voxels; each with 10×10×10 control points. The two ways take turns in one process, and the least
-of several times counts, so that other work on the machine disturbs both alike.
+The tasks are a registration of 128×128×102 voxels, a training step of two pairs of 32×32×26 voxels, and a refinement step
+at 64×64×51 voxels. Each has 10×10×10 control points. Both functions take turns in one process, and the smallest of several
+times counts, so that other work on the machine affects both in the same way.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def refinement_step(shape: Shape = REFINED) -> Callable[[], None]:
     return call
 
 
-WORK = {  # name in the table → the work, and the paths that take part in it
+WORK = {  # name in the table → the task, and the fast paths that it uses
     "registration": (registration, ("warp", "attention")),
     "training step": (training_step, ("attention",)),
     "refinement step": (refinement_step, ("slices",)),
@@ -75,7 +75,7 @@ WORK = {  # name in the table → the work, and the paths that take part in it
 
 
 def compare(call: Callable[[], None], path: str, repeats: int) -> tuple[float, float]:
-    """Least seconds of the call with the plain function and with the fast one."""
+    """Smallest time in seconds of the call with the plain function, and with the fast one."""
     least = {(): float("inf"), (path,): float("inf")}
     for repeat in range(repeats + 1):
         for plain in least:
@@ -89,7 +89,7 @@ def compare(call: Callable[[], None], path: str, repeats: int) -> tuple[float, f
 
 
 def measure(repeats: int = 10) -> pd.DataFrame:
-    """One row per path and work: path, work, plain_s, fast_s, gain (share of the plain time), threads, instruction set."""
+    """One row per path and task: path, work, plain_s, fast_s, gain (fraction of plain_s), threads, instructions."""
     torch.manual_seed(0)
     rows = []
     for work, (build, paths) in WORK.items():
@@ -104,9 +104,9 @@ def measure(repeats: int = 10) -> pd.DataFrame:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.benchmark.fast_paths", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="a csv file for the table")
+    parser.add_argument("--out", type=Path, help="CSV file for the table")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="threads of PyTorch; without it, its default")
+    parser.add_argument("--threads", type=int, help="number of PyTorch's threads (default: PyTorch's)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,8 +1,8 @@
 """Seconds, memory, parameters and multiply-adds of every method, measured in one process.
 
-All methods get the same images, threads and allocator settings. A row that cannot be measured says why.
+All methods get the same images, threads and allocator settings. A row that cannot be measured gives the reason.
     register    network and warp, images on the device, batch 1
-    variant     the same for a run whose network is not the default of its method, in its published size, at one image size
+    variant     the same for a run whose network is not the default of its method, in published size, at one image size
     train       one step as in ``training.train``: images to the device, forward, MSE and bending losses, backward, Adam
     bending     the bending energy and its gradient alone, from the dense field and from its control points
 """
@@ -39,14 +39,14 @@ from study.training.objective import loss_terms
 COLUMNS = ["run", "method", "grid", "shape", "task", "batch", "seconds", "seconds_min", "repeats", *PARTS, "memory_mb",
            "peak_mb", "parameters", "multiply_adds", "device", "threads", "note"]  # fmt: skip
 GRIDS = [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15)]
-RUNS = {"syn": "ants-syn"}  # methods that have another name in the tables
-SEPARATE = {"ants-syn": "in a separate process, on one thread; its memory is not measured"}
+RUNS = {"syn": "ants-syn"}  # methods with another name in the tables
+SEPARATE_PROCESS = {"ants-syn": "in a separate process, on one thread; its memory is not measured"}
 BENDING = {"bending-dense": lambda control_points, shape: losses.bending_energy(upsample(control_points, shape)),
            "bending-grid": losses.grid_bending_energy}  # fmt: skip
-SMALL = (32, 32, 32)  # the smallest image that all methods take; the first call of each
+FIRST_SHAPE = (32, 32, 32)  # of the first call of each method: the smallest image that all methods take
 SEPARATE_LIMIT = 5.0  # times ``limit_seconds`` for a method in a separate process, which is called only once
-SLOW = 8.0  # a call that takes longer than ``limit_seconds`` / SLOW is measured once
-USABLE_MEMORY = 0.8  # share of the available memory that a row may be expected to need
+SLOW_FRACTION = 8.0  # a call longer than ``limit_seconds`` / SLOW_FRACTION is measured once
+USABLE_MEMORY = 0.8  # fraction of the available memory that a row may use
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Job:
     grid: Shape | None
     shape: Shape
     batch: int
-    run: str = ""  # the name of a variant; the others are named by method and grid
+    run: str = ""  # the name of a variant; other rows are named by method and grid
 
     @property
     def voxels(self) -> int:
@@ -72,7 +72,7 @@ class Job:
 
 
 def untrained_settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By method, the first untrained run of it, with those of its settings that are the same for every dataset."""
+    """The first run of each untrained method, by method, with the settings that are the same for every dataset."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs.values():
         if run["method"] in UNTRAINED:
@@ -81,7 +81,7 @@ def untrained_settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
 
 def image_pair(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """fixed, moving (W, H, D) in [0, 1]: smooth noise, and the same deformed by some voxels, so that SyN iterates."""
+    """fixed, moving (W, H, D) in [0, 1]: smooth noise, and the same noise deformed by some voxels, so that SyN iterates."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand((1, 1, *(max(n // 6, 2) for n in shape)), generator=generator)
     fixed = upsample(coarse, shape)
@@ -130,7 +130,7 @@ def training_step(
 
 
 def floor_row(shape: Shape, speed: float) -> dict[str, Any]:
-    """The least cost of any registration: read both images, write the warped one, and hold it."""
+    """The lower bound of every registration's cost: read both images, write the warped one, and hold it."""
     size = 4 * math.prod(shape)
     note = f"at a memory bandwidth of {speed / 1e9:.1f} GB/s"
     values = {"seconds": 3 * size / speed, "memory_mb": size / MB, "note": note}
@@ -138,7 +138,7 @@ def floor_row(shape: Shape, speed: float) -> dict[str, Any]:
 
 
 def bending_row(form: str, grid: Shape, shape: Shape, where: torch.device) -> dict[str, Any]:
-    """Bending energy and its gradient with respect to ``grid`` control points, in one of the forms of ``BENDING``."""
+    """Cost of the bending energy and its gradient for ``grid`` control points, in one of the forms of ``BENDING``."""
     control_points = torch.randn((1, 3, *grid), device=where, requires_grad=True)
 
     def call() -> None:
@@ -149,7 +149,7 @@ def bending_row(form: str, grid: Shape, shape: Shape, where: torch.device) -> di
 
 
 def refusal(pace: tuple[float, float], job: Job, limit_seconds: float, where: torch.device) -> str:
-    """Why a row is not measured, from the seconds and MB per voxel of the same work before; "" if it can be."""
+    """Reason not to measure a row, from the seconds and MB per voxel of the last similar row; "" if there is none."""
     seconds, mb = (value * job.voxels for value in pace)
     if seconds > limit_seconds:
         return f"left out: about {seconds:.0f} s expected, the limit is {limit_seconds:g} s"
@@ -159,21 +159,21 @@ def refusal(pace: tuple[float, float], job: Job, limit_seconds: float, where: to
 
 
 def reason(error: Exception) -> str:
-    """One line on why a method failed."""
+    """The reason of a method's failure in one line."""
     line = (str(error).strip().splitlines() or [""])[0][:300]
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in line
     return "out of memory" if memory else line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
 
 
 def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, where: torch.device) -> Iterator[dict]:
-    """One row for every job of a network, in the order given; jobs of one task and grid stand together, small first."""
+    """One row per job of a network, in the given order. Jobs of one task and grid must be adjacent, small ones first."""
     method = run["method"]
     try:
         network = build(published(run)).to(where)
-    except Exception as error:  # the reason why a peer cannot be built is its note
+    except Exception as error:  # the note of the rows says why a method cannot be built
         yield from (job.row(note=reason(error)) for job in jobs)
         return
-    size, separate = parameter_count(network), SEPARATE.get(RUNS.get(method, method))
+    size, separate = parameter_count(network), SEPARATE_PROCESS.get(RUNS.get(method, method))
     longest = limit_seconds * (SEPARATE_LIMIT if separate else 1)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-6) if size else None
 
@@ -191,7 +191,7 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                 continue
             try:
                 if pace is None:
-                    small = Job(method, task, grid, SMALL, 1)
+                    small = Job(method, task, grid, FIRST_SHAPE, 1)
                     timed(call(small), where)
                     seconds, mb, _ = with_memory(call(small), where)
                     pace = seconds / small.voxels, mb / small.voxels
@@ -199,7 +199,7 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                 if why:
                     yield row | {"note": why}
                     continue
-                if separate:  # its memory cannot be watched from this process
+                if separate:  # its memory cannot be measured from this process
                     seconds = timed(call(job), where)
                     pace = seconds / job.voxels, 0.0
                     iterations = ", ".join(map(str, published(run)["iterations"]))
@@ -210,7 +210,7 @@ def method_rows(run: dict[str, Any], jobs: Sequence[Job], limit_seconds: float, 
                         "note": f"{iterations} iterations, {separate}",
                     }
                     continue
-                result, row["multiply_adds"] = cost(call(job), where, limit_seconds / SLOW)
+                result, row["multiply_adds"] = cost(call(job), where, limit_seconds / SLOW_FRACTION)
                 pace = result.seconds / job.voxels, result.memory_mb / job.voxels
                 row |= vars(result)
                 row["memory_mb"] += state_mb(optimiser) if task == "train" else 0
@@ -230,21 +230,22 @@ def measure(
     variants: Mapping[str, dict[str, Any]] | None = None,
     settings: Mapping[str, dict[str, Any]] | None = None,
 ) -> pd.DataFrame:
-    """One row per method, grid, shape, task and batch, with ``COLUMNS``; before them the floor of every shape.
+    """One row per method, grid, shape, task and batch, with ``COLUMNS``, after the lower bound (floor) of every shape.
 
     methods        names as in ``methods.table.build``, in their published size
-    batches        pairs in a training step; none: training is not measured
-    grids          control points, for GridReg
-    limit_seconds  a call that is expected to take longer is left out (for SyN: ``SEPARATE_LIMIT`` times as long)
-    variants       runs by name, each measured in its published size at the middle one of ``shapes`` (of two the smaller)
-    settings       runs by method, measured instead of its defaults (``untrained_settings``)
+    shapes         voxels of the images
+    batches        pairs in a training step; empty: training is not measured
+    grids          control points of GridReg
+    limit_seconds  calls with a longer expected time are left out (for SyN: ``SEPARATE_LIMIT`` times as long)
+    variants       runs by name, measured in published size at the middle one of ``shapes`` (of two the smaller)
+    settings       runs by method, measured instead of the method's defaults (``untrained_settings``)
 
-    memory_mb is the memory beyond weights and images: on a CPU the growth of the process, on a GPU that of the
-    allocated memory. For training it includes the gradients and Adam's state.
+    memory_mb is the memory besides weights and images: the growth of the process on a CPU, and the growth of allocated
+    memory on a GPU. For training it includes the gradients and Adam's state.
     """
     where, speed = device(), bandwidth(device())
     settle_allocator()
-    gc.freeze()  # every memory measurement collects garbage; with the objects of all imports that would take a second
+    gc.freeze()  # memory measurements collect garbage, which would take a second with the objects of all imports
     torch.manual_seed(0)
     shapes = sorted((tuple(shape) for shape in shapes), key=math.prod)
     tasks = [("register", [1]), *([("train", sorted(batches))] if batches else [])]
@@ -263,7 +264,7 @@ def measure(
         work.append((run, [job for job in own if job.task == "register"]))
         work += [(varied, [Job(method, "variant", cost_grid(varied), middle, 1, name)])
                  for name, varied in (variants or {}).items() if varied["method"] == method]  # fmt: skip
-        work.append((run, [job for job in own if job.task == "train"]))  # last: what a training leaves shows as memory
+        work.append((run, [job for job in own if job.task == "train"]))  # last, as its leftovers would count as memory
     work = [(run, group) for run, group in work if group]
     rows = [floor_row(shape, speed) for shape in shapes]
     with tqdm(total=sum(len(group) for _, group in work), unit="row", mininterval=2) as progress:

@@ -1,7 +1,7 @@
-"""Memory in MB of 2^20 bytes: the peak of a piece of work in this process, and how much can still be had.
+"""Memory in MB of 2^20 bytes: the peak of a piece of work in this process, and the memory still available.
 
-The peak is how far the resident set grows. Linux keeps it and forgets it on request. On other systems a thread reads the
-resident set every millisecond, which can miss a shorter peak.
+The peak is the growth of the resident set. Linux records it and resets it on request. On other systems a thread reads the
+resident set every millisecond, and can miss a shorter peak.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import psutil
 
 MB = 2**20
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-LIMITS = [  # files of a control group of either version: limit, use, and what of the use is cached files, in memory.stat
+LIMITS = [  # for control groups of version 2 and 1: files of limit and use, and the entry of memory.stat for cached files
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 ]
 
 
 class Growth:
-    """``mb``: by how much the process grew at most; NaN until the block has ended."""
+    """``mb`` is the largest growth of the process in the block; NaN until the block has ended."""
 
     mb = float("nan")
 
 
 def settle_allocator() -> None:
-    """Set glibc's thresholds to where its own adaptation ends: blocks from 32 MB on are mapped one by one.
+    """Fix glibc's thresholds at the values to which they adapt: blocks of 32 MB and more are mapped one by one.
 
-    Left alone, they move with what was freed so far, and a method would profit from those measured before it.
+    Otherwise they depend on the memory freed so far, and a method would benefit from those measured before it.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names and numbers of malloc.h
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names and numbers from malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 65536)
         libc.mallopt(mmap_threshold, 32 * MB)
@@ -44,14 +44,14 @@ def settle_allocator() -> None:
 
 
 def release() -> None:
-    """Give freed memory back to the system, so that what is allocated next shows as growth."""
+    """Return freed memory to the system, so that the next allocation shows as growth."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak() -> bool:
-    """Have the kernel start the peak anew; False where it does not keep one, or not for us."""
+    """Reset the kernel's record of the peak; False where there is none or it is not accessible."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         kernel_peak()
@@ -68,7 +68,7 @@ def kernel_peak() -> int:
 
 @contextmanager
 def growth(sampled: bool = False) -> Iterator[Growth]:
-    """``with growth() as grown: …``, then ``grown.mb``. ``sampled``: by the thread, also where the kernel knows."""
+    """``with growth() as grown: …``, then ``grown.mb``. ``sampled`` uses the thread even where the kernel has a record."""
     grown = Growth()
     release()
     if not sampled and forget_peak():
@@ -96,7 +96,7 @@ def growth(sampled: bool = False) -> Iterator[Growth]:
 
 
 def control_groups() -> Iterator[Path]:
-    """Folders of the control groups that this process is in, each with all those around it: any may have a limit."""
+    """Folders of this process's control groups and of all groups that contain them; any of them may have a limit."""
     yield CGROUP
     for line in OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else ():
         _, controllers, path = line.split(":", 2)
@@ -106,14 +106,14 @@ def control_groups() -> Iterator[Path]:
 
 
 def available_mb() -> float:
-    """Memory that can still be had, in MB: the machine's, or less where a container or the job of a cluster has a limit."""
+    """Available memory in MB: that of the machine, or less where a container or a cluster job has a limit."""
     free = psutil.virtual_memory().available
     for group in control_groups():
         for limit, use, cached in LIMITS:
             try:
                 left = int((group / limit).read_text()) - int((group / use).read_text())
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                free = min(free, left + int(stat[cached]))  # cached files make room when asked to
+                free = min(free, left + int(stat[cached]))  # the memory of cached files can be reclaimed
             except (OSError, ValueError, KeyError):  # no such files, or "max": no limit
                 pass
     return free / MB

@@ -1,14 +1,16 @@
-"""The experiment behind Figure 1: what a wrong correspondence does to coarse grids, fine grids and a dense field.
+"""The experiment of Figure 1: the effect of a false correspondence on coarse grids, fine grids and a dense field.
 
-Pairs of simulated slices have a known smooth deformation. They show a homogeneous disc (the organ) in textured surroundings.
-Into otherwise perfect pairs one thing at a time is injected: image noise, a spot that lies at different places of the disc in
-the two images (the orange stars of Figure 1), or a mask of the disc with a wrong contour, for comparison also with the right
-one. Every pair is then registered with the losses of ``gridreg`` by optimising the control points themselves, without a
-network, at several grid sizes and weights of the bending energy, which is the other way to keep a field smooth. The last
-condition is the converse: nothing is wrong, and the deformation has details that only a fine grid can follow.
+Pairs of simulated slices have a known smooth deformation. They show a homogeneous disc (the organ) in textured
+surroundings. Each condition adds one error to otherwise perfect pairs: image noise, a spot at different positions of the
+disc in the two images (the orange stars of Figure 1), or a mask of the disc with a wrong contour. A condition with the
+correct mask is there for comparison. In the last condition nothing is wrong, but the deformation has details that only a
+fine grid can represent.
 
-A slice is a volume (1, n, n) with one control point along its first axis and no displacement along it, so that the
-functions for volumes serve unchanged. Lengths are in voxels of the slice.
+Every pair is registered with the losses of ``gridreg``. The control points themselves are optimised, without a network, at
+several grid sizes and several weights of the bending energy, which also keeps a field smooth.
+
+A slice is a volume (1, n, n) with one control point along its first axis and no displacement along this axis. So the
+functions for volumes apply unchanged. Lengths are in voxels of the slice.
 """
 
 from __future__ import annotations
@@ -29,22 +31,22 @@ from gridreg.upsampling import upsample
 
 SIZE = 48  # n
 RADIUS = 12.0  # of the disc
-DISC = 0.65  # its intensity; the texture around it varies about 0.45
-EDGE = 0.7  # softness of edges
+DISC_INTENSITY = 0.65  # the texture around the disc has mean 0.45
+EDGE_WIDTH = 0.7
 DEFORMATION = 4.0  # longest true displacement
 NOISE = 0.05  # standard deviation, intensities in [0, 1]
-SPOT_APART = 5.0  # from where the spot should be in the moving image to where it is
-CONTOUR_OFF = 2.0  # of the fixed mask, standard deviation along its contour
-GRIDS = (3, 5, 8, 12, SIZE)  # control points per axis; the last is every voxel
-PAPERS_WEIGHT = 2e5 * (SIZE / 128) ** 4  # of the bending energy: the paper's, for voxels 128/48 times as large
+SPOT_DISTANCE = 5.0  # in the moving image, from the correct position of the spot to its actual one
+CONTOUR_ERROR = 2.0  # standard deviation of the fixed mask's contour error
+GRIDS = (3, 5, 8, 12, SIZE)  # control points per axis; the last grid has one at every voxel
+PAPERS_WEIGHT = 2e5 * (SIZE / 128) ** 4  # the paper's weight of the bending energy, for voxels 128/48 times as large
 BENDING_WEIGHTS = (PAPERS_WEIGHT, PAPERS_WEIGHT / 10, PAPERS_WEIGHT / 100)
 DICE_WEIGHT = 0.3  # as in params.yaml
-STEPS = 60  # of Adam, at each grid
+STEPS = 60  # of Adam on each grid
 CONVERGENCE = (
     f"The optimisation has not converged: it runs {STEPS} steps at each grid, and each finer grid starts from the coarser one. With 600 "
     "steps, over five pairs, the means in the disc change by up to 0.35 voxels."
 )
-CONDITIONS = {  # name in figures → what is injected
+CONDITIONS = {  # name in figures → arguments of ``simulate``
     "nothing": {},
     "image noise": {"noise": NOISE},
     "false match": {"spot": True},
@@ -56,20 +58,20 @@ CONDITIONS = {  # name in figures → what is injected
 
 @dataclass(frozen=True)
 class SlicePair:
-    """One simulated pair of slices (n, n); ``displacement`` (2, n, n) is the true one, in voxels, from fixed to moving."""
+    """One simulated pair of slices (n, n); ``displacement`` (2, n, n) is the true pull-back in voxels."""
 
     fixed: np.ndarray
     moving: np.ndarray
-    fixed_mask: np.ndarray  # of the disc, bool, perhaps with errors; empty where no masks are used
+    fixed_mask: np.ndarray  # of the disc, bool, in one condition with a wrong contour; all False without masks
     moving_mask: np.ndarray
     displacement: np.ndarray
-    disc: np.ndarray  # where the fixed image shows the disc, in truth: 1 within, 0 outside, with a soft edge
+    disc: np.ndarray  # the true disc in the fixed image: 1 inside, 0 outside, with a soft edge
     spots: np.ndarray | None = None  # (2, 2): the false match, a point of the fixed image and one of the moving image
 
 
 def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = False, rough: bool = False,
              details: bool = False) -> SlicePair:  # fmt: skip
-    """A pair, equal for equal seeds but for what is injected; every draw is made whether it is used or not."""
+    """Simulate a pair. With the same seed, conditions differ only in what is added, as every condition makes all draws."""
     rng = np.random.default_rng(seed)
     waves = rng.uniform(8, 24, 40), rng.uniform(0, 2 * np.pi, 40), rng.uniform(0, 2 * np.pi, 40)
     x = np.indices((SIZE, SIZE), float)
@@ -81,7 +83,7 @@ def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = Fa
     )
     if details:
         for k in range(3):  # in the textured surroundings, a third of a turn apart
-            at = _beside_disc(around[0] + k * 2 * np.pi / 3, RADIUS + 6)
+            at = _from_centre(around[0] + k * 2 * np.pi / 3, RADIUS + 6)
             u = u + 2 * _direction(around[1] + k)[:, None, None] * np.exp(-(_distance(x, at) ** 2) / (2 * 3**2))
     y = x + u
     fixed, moving = _image(y, waves), _image(x, waves)
@@ -89,17 +91,17 @@ def simulate(seed: int, noise: float = 0.0, spot: bool = False, masks: bool = Fa
     fixed_mask, moving_mask = (disc > 0.5) & masks, (_disc(x) > 0.5) & masks
     spots = None
     if spot:
-        here = _beside_disc(angles[0], 4.0)  # within the disc
-        there = here - SPOT_APART * _direction(angles[0])  # across its centre, so within it, too
+        here = _from_centre(angles[0], 4.0)  # inside the disc
+        there = here - SPOT_DISTANCE * _direction(angles[0])  # beyond the centre, so also inside the disc
         spots = np.stack([_preimage(here, x, y), there])
         fixed, moving = fixed + _spot(y, here), moving + _spot(x, there)
     if rough:
-        fixed_mask = _distance(y, _beside_disc(0.0, 0.0)) < RADIUS + _roughness(angles[1:], y)
+        fixed_mask = _distance(y, _from_centre(0.0, 0.0)) < RADIUS + _contour_error(angles[1:], y)
     return SlicePair(fixed + noise * noises[0], moving + noise * noises[1], fixed_mask, moving_mask, u, disc, spots)
 
 
 def _smooth_field(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
-    """(2, n, n) sum of waves one to two image sides long, the longest displacement scaled to ``DEFORMATION``."""
+    """(2, n, n) sum of waves with a length of one to two image sides, scaled to a longest displacement of ``DEFORMATION``."""
     u = np.zeros_like(x)
     for _ in range(4):
         wave = 2 * np.pi / (SIZE * rng.uniform(1, 2)) * _direction(rng.uniform(0, 2 * np.pi))
@@ -112,8 +114,8 @@ def _direction(angle: float) -> np.ndarray:
     return np.array([np.cos(angle), np.sin(angle)])
 
 
-def _beside_disc(angle: float, distance: float) -> np.ndarray:
-    """The point at that angle and distance from the centre of the disc."""
+def _from_centre(angle: float, distance: float) -> np.ndarray:
+    """The point at an angle and a distance from the centre of the disc."""
     return (SIZE - 1) / 2 + distance * _direction(angle)
 
 
@@ -123,44 +125,45 @@ def _distance(x: np.ndarray, point: np.ndarray) -> np.ndarray:
 
 def _soft(inside: np.ndarray) -> np.ndarray:
     """1 where ``inside`` is positive, 0 where negative, with a soft edge."""
-    return 1 / (1 + np.exp(-np.clip(inside / EDGE, -50, 50)))
+    return 1 / (1 + np.exp(-np.clip(inside / EDGE_WIDTH, -50, 50)))
 
 
 def _disc(x: np.ndarray) -> np.ndarray:
-    return _soft(RADIUS - _distance(x, _beside_disc(0.0, 0.0)))
+    return _soft(RADIUS - _distance(x, _from_centre(0.0, 0.0)))
 
 
 def _spot(x: np.ndarray, at: np.ndarray) -> np.ndarray:
     return 0.3 * np.exp(-(_distance(x, at) ** 2) / (2 * 2**2))
 
 
-def _roughness(phases: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(n, n) voxels by which a drawn contour lies too far out, by the angle around the disc: four to seven waves."""
+def _contour_error(phases: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(n, n) voxels by which the contour lies too far outside, a sum of four to seven waves around the disc."""
     angle = np.arctan2(*(y - (SIZE - 1) / 2)[::-1])
-    return CONTOUR_OFF * sum(np.cos(k * angle + phase) for k, phase in zip((4, 5, 6, 7), phases)) / np.sqrt(2)
+    return CONTOUR_ERROR * sum(np.cos(k * angle + phase) for k, phase in zip((4, 5, 6, 7), phases)) / np.sqrt(2)
 
 
 def _image(x: np.ndarray, waves) -> np.ndarray:
-    """The noiseless anatomy at points x (2, n, n) of the moving image, in closed form: nothing is interpolated."""
+    """The noiseless anatomy at points x (2, n, n) of the moving image, in closed form, without interpolation."""
     lengths, angles, phases = waves
     vectors = 2 * np.pi / lengths * np.stack([np.cos(angles), np.sin(angles)])  # (2, waves)
     texture = np.cos(np.tensordot(vectors.T, x, 1) + phases[:, None, None]).sum(0) / np.sqrt(len(lengths) / 2)
-    return DISC * _disc(x) + (0.45 + 0.12 * texture) * (1 - _disc(x))
+    return DISC_INTENSITY * _disc(x) + (0.45 + 0.12 * texture) * (1 - _disc(x))
 
 
 def _preimage(point: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The voxel x whose y = x + u(x) comes nearest to a point of the moving image."""
+    """The voxel x whose y = x + u(x) is nearest to a point of the moving image."""
     return x.reshape(2, -1)[:, np.argmin(_distance(y, point))]
 
 
 def register(
     pairs: Sequence[SlicePair], grids: Sequence[int] = GRIDS, bending_weight: float = PAPERS_WEIGHT, steps: int = STEPS
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Register pairs by optimising their control points with Adam, at one grid size after the other.
+    """Register pairs by optimising their control points with Adam, on one grid size after the other.
 
-    Each grid starts from the result of the one before, so that a fine grid or a dense field does not fail because of a bad
-    start; ``steps`` are for each. The loss is that of training: similarity of image and control points, Dice of the masks,
-    bending energy. Returns grid → (displacements (B, 2, n, n) in voxels, mean squared intensity differences reached (B,)).
+    Each grid takes ``steps`` and starts from the result of the one before, so that a fine grid or a dense field does not
+    fail because of a bad start. The loss is that of training: similarity at image level and at the control points, Dice
+    of the masks, and bending energy. Returns grid → (displacements (B, 2, n, n) in voxels, final mean squared intensity
+    differences (B,)).
     """
     fixed, moving = (_as_volumes(pairs, *names) for names in (("fixed", "fixed_mask"), ("moving", "moving_mask")))
     found, start = {}, torch.zeros(len(pairs), 3, 1, 2, 2)
@@ -173,17 +176,17 @@ def register(
 
 
 def _optimise(start: Tensor, fixed: Tensor, moving: Tensor, bending_weight: float, steps: int) -> Tensor:
-    """Control points (B, 3, 1, g, g) in voxels after ``steps`` from ``start``; image and mask are two channels."""
-    moved = torch.zeros_like(start[:, 1:], requires_grad=True)  # in image sides, as in refine
+    """Control points (B, 3, 1, g, g) in voxels, ``steps`` after ``start``; image and mask are two channels."""
+    moved = torch.zeros_like(start[:, 1:], requires_grad=True)  # in image widths, as in ``refine``
     optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE)
     masked = fixed[:, 1].flatten(1).any(1).sum()
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / steps, total_iters=steps)
     for _ in range(steps):
-        control_points = start + F.pad(moved * SIZE, (0, 0, 0, 0, 0, 0, 1, 0))  # nothing moves along the first axis
+        control_points = start + F.pad(moved * SIZE, (0, 0, 0, 0, 0, 0, 1, 0))  # no displacement along the first axis
         warped = warp(moving, upsample(control_points, (1, SIZE, SIZE)))
         loss = losses.similarity_loss("mse", fixed[:, :1], warped[:, :1], tuple(control_points.shape[2:]))
         loss = loss + bending_weight * losses.grid_bending_energy(control_points, (3, SIZE, SIZE))
-        # means over pairs become sums, so that no pair knows of the others; those without masks add nothing to the Dice
+        # means over pairs become sums, so that pairs are independent; those without masks add nothing to the Dice loss
         loss = loss * len(fixed) + DICE_WEIGHT * masked * losses.dice_loss(fixed[:, 1:], warped[:, 1:])
         optimiser.zero_grad()
         loss.backward()
@@ -193,7 +196,7 @@ def _optimise(start: Tensor, fixed: Tensor, moving: Tensor, bending_weight: floa
 
 
 def _as_volumes(pairs: Sequence[SlicePair], *names: str) -> Tensor:
-    """(B, channels, 1, n, n) of the named slices."""
+    """(B, channels, 1, n, n) float32 of the named fields of each pair."""
     slices = [[getattr(pair, name) for name in names] for pair in pairs]
     return torch.from_numpy(np.array(slices)).float()[:, :, None]
 
@@ -207,10 +210,10 @@ def run(
 ) -> tuple[pd.DataFrame, dict[tuple[str, float, int], tuple[SlicePair, np.ndarray]]]:
     """Register a pair of every seed under every condition, at every grid size and weight of the bending energy.
 
-    Returns a frame, one row a registration, with columns condition, bending_weight, grid, seed, error_disc,
-    error_around, error (mean distance to the truth, in voxels: within the disc, outside it, everywhere) and difference
-    (mean squared intensity difference reached); and for pictures {(condition, bending_weight, grid): (pair of the first
-    seed, displacement found (2, n, n))}.
+    Returns a frame and a dict. The frame has one row per registration, with columns condition, bending_weight, grid,
+    seed, error_disc, error_around, error (mean distance to the truth in voxels: inside the disc, outside it, everywhere)
+    and difference (final mean squared intensity difference). The dict is for pictures: {(condition, bending_weight,
+    grid): (pair of the first seed, estimated displacement (2, n, n))}.
     """
     cases = [(condition, seed) for condition in conditions for seed in seeds]
     pairs = [simulate(seed, **CONDITIONS[condition]) for condition, seed in cases]

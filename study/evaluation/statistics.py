@@ -1,21 +1,23 @@
-"""Statistics on per-case results: summaries, paired tests and false discovery rates (paper, end of Section 4).
+"""Statistics of per-case results: summaries, paired tests and false discovery rates (paper, end of section 4).
 
-Values are compared *within* a pair of images: run A against run B on the same fixed and the same moving image.
+Values are compared *within* a pair of images: run A with run B on the same fixed and the same moving image.
 
-Which test, and why
-    Against the baselines: a one-sided paired t-test (``scipy.stats.ttest_rel``) with the alternative "GridReg is better".
-    ``METRICS`` gives its direction. ``test="wilcoxon"`` gives the signed-rank test, which does not assume normal
-    differences. Benjamini–Hochberg (``scipy.stats.false_discovery_control``) turns the p-values of one family into
-    q-values; a family is the baselines of one dataset and metric. A q near 1 does not mean "no difference": GridReg may
-    be *worse*. The unregistered images are no baseline, so their one-sided p stays outside the family. Variants of
-    GridReg are compared two-sided and without correction, as the ablations are: nobody claims that they are worse.
+Choice of tests
+    GridReg is compared with the baselines by a one-sided paired t-test (``scipy.stats.ttest_rel``) with the alternative
+    "GridReg is better". ``METRICS`` gives its direction. ``test="wilcoxon"`` selects the signed-rank test, which does not
+    assume normal differences. Benjamini–Hochberg (``scipy.stats.false_discovery_control``) turns the p-values of a family
+    into q-values. A family consists of the baselines of one dataset and metric. A q near 1 does not mean "no difference":
+    GridReg may be *worse*. The unregistered images are not a baseline, so their one-sided p is outside the family.
+    Variants of GridReg are compared two-sided and without correction, as are the ablations, because no claim says that
+    they are worse.
 
 Failures
-    A landmark or mask that vanished leaves an empty (or infinite) distance. Such a case is a failure. It is counted
-    beside the mean, and where only one of the two runs failed it enters the test as the largest difference of all. A
-    t-test has no place for that, so the signed-rank test is used then; column ``test`` says which was used.
+    A vanished landmark or mask leaves an empty (or infinite) distance. Such a case is a failure, and failures are counted
+    beside the mean. If only one of two runs failed, the case enters the test as the largest difference of all. A t-test
+    cannot represent this, so the signed-rank test is then used. Column ``test`` names the test.
 
-Like the paper, the tests treat pairs as independent. Pairs that share a patient are not, so the p-values are too small.
+Like the paper, the tests treat pairs as independent. Pairs that share a patient are dependent, so the p-values are too
+small.
 ``clustered_interval`` is for pairs within patients.
 """
 
@@ -36,9 +38,9 @@ Test = Literal["t", "wilcoxon"]
 
 
 class PairedTest(NamedTuple):
-    """Result of one paired comparison; ``p`` is NaN where no test is possible (n < 2, or all differences the same)."""
+    """Result of a paired comparison; ``p`` is NaN where no test is possible (n < 2, or equal differences)."""
 
-    difference: float  # mean of reference - other over cases both could be measured on
+    difference: float  # mean of reference - other over the cases that were measured in both runs
     p: float
     n: int
     test: Test
@@ -52,7 +54,8 @@ def summarise(cases: pd.DataFrame, metrics: Iterable[str] = tuple(CASE_METRICS))
 
     Returns columns dataset, metric, run, grid, mean, sd, n, failures. ``n`` counts the values in the mean. ``failures``
     counts the cases without a value for which another run of the dataset has one. A metric that no run of a dataset has
-    (pelvis: no landmarks) has no row. A metric that can fail keeps its row even where every case failed.
+    (pelvis: no landmarks) has no row. A metric that can fail keeps its row even if every case failed. InputError where a
+    metric that cannot fail is empty in some cases.
     """
     rows = []
     for dataset, group in chosen_rows(cases).groupby("dataset", sort=False):
@@ -125,14 +128,14 @@ def _pairs(cases: pd.DataFrame) -> list[tuple[str, str]]:
 def one_sided(
     reference: np.ndarray, other: np.ndarray, better: Literal["higher", "lower"], test: Test = "t"
 ) -> PairedTest:
-    """Is ``reference`` (n,) better than ``other`` (n,), case by case? Non-finite values are failures (module docstring)."""
+    """Test whether ``reference`` (n,) is better than ``other`` (n,). Non-finite values are failures (module docstring)."""
     if better not in ("higher", "lower"):
         raise InputError(f"better={better!r}, expected 'higher' or 'lower'")
     return _paired(reference, other, "greater" if better == "higher" else "less", better, test)
 
 
 def two_sided(reference: np.ndarray, other: np.ndarray, test: Test = "t") -> PairedTest:
-    """Do two runs differ, case by case? For variants of one method: on the cases measured in both, no correction."""
+    """Test whether two variants of one method differ, on the cases that were measured in both."""
     both = np.isfinite(reference) & np.isfinite(other)
     return _paired(np.asarray(reference)[both], np.asarray(other)[both], "two-sided", "lower", test)
 
@@ -147,7 +150,7 @@ def _paired(reference: np.ndarray, other: np.ndarray, alternative: str, better: 
     measured = ~lost_reference & ~lost_other
     difference = reference[measured] - other[measured]
     mean = float(difference.mean()) if len(difference) else np.nan
-    # Where both failed neither is better; where one did, only the rank and the sign of the difference matter.
+    # If both runs failed, neither is better. If one failed, only the rank and the sign of the difference matter.
     worst = (1 if better == "lower" else -1) * (1 + np.abs(difference).max(initial=0))
     lost = [worst] * int((lost_reference & ~lost_other).sum()) + [-worst] * int((lost_other & ~lost_reference).sum())
     if lost:
@@ -164,7 +167,7 @@ def _paired(reference: np.ndarray, other: np.ndarray, alternative: str, better: 
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """q-values (n,) of one family of p-values (n,); a NaN (no test possible) stays NaN and does not count in the family."""
+    """q-values (n,) of a family of p-values (n,). A NaN (no test possible) stays NaN and is not part of the family."""
     p = np.asarray(p, float)
     q, tested = np.full(p.shape, np.nan), np.isfinite(p)
     if tested.any():
@@ -173,13 +176,13 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 
 
 def compare(cases: pd.DataFrame, reference: str = REFERENCE, test: Test = "t") -> pd.DataFrame:
-    """``reference`` at its chosen grid against every other run on every dataset and metric.
+    """Compare ``reference`` at its chosen grid with every other run on every dataset and metric.
 
-    Returns columns dataset, metric, run, difference (reference - run), p, q, n, test, sides. Baselines, runs of another
-    method, are tested one-sided and corrected within the family of one dataset × metric. The identity is tested
-    one-sided too, without a q. Runs of the reference's own method are tested two-sided, without a q (module docstring).
-    Skipped are metrics that were not measured, and metrics of the transform alone (folding …) against the identity,
-    which is perfect there by definition.
+    Returns columns dataset, metric, run, difference (reference - run), p, q, n, test, sides. Baselines (runs of another
+    method) are tested one-sided and corrected within the family of a dataset and metric. The identity is also tested
+    one-sided, but without a q. Runs of the reference's method are tested two-sided, without a q (module docstring).
+    Metrics that were not measured have no row. Nor have metrics of the transformation alone (folding …) for the identity,
+    which is perfect there by definition. InputError where a dataset lacks the reference.
     """
     rows = []
     for dataset, group in chosen_rows(cases).groupby("dataset", sort=False):

@@ -22,7 +22,7 @@ METRICS = {
     "meansquares": 0,
 }  # with ANTs' default parameter: number of bins, radius in voxels, none
 SEED = 1
-VOLUME_CHANGE = (0.5, 2.0)  # plausible for an affine registration; outside this range it has failed
+PLAUSIBLE = (0.5, 2.0)  # change of volume by an affine registration; outside this range it has failed
 
 
 def to_ants(image: np.ndarray, affine: np.ndarray):
@@ -79,10 +79,7 @@ def syn(
                     grad_step=gradient_step, flow_sigma=flow_sigma, total_sigma=total_sigma,
                 )  # fmt: skip
                 stages = result["fwdtransforms"]
-                if (
-                    kind == "SyN"
-                    and VOLUME_CHANGE[0] < _volume_change(ants.read_transform(stages[-1])) < VOLUME_CHANGE[1]
-                ):
+                if kind == "SyN" and PLAUSIBLE[0] < _volume_change(ants.read_transform(stages[-1])) < PLAUSIBLE[1]:
                     break
             field_mm, _ = read_field_mm(ants.apply_transforms(*images, stages, compose=f"{folder}/all_"))
     except RuntimeError as error:

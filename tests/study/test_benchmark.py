@@ -63,7 +63,7 @@ def costs():
         }.items():
             patch.setitem(methods.BUILDERS, name, builder)
         patch.setattr(cost, "REPEATS", (1, 2))
-        patch.setattr(benchmark, "SMALL", SHAPES[0])
+        patch.setattr(benchmark, "FIRST_SHAPE", SHAPES[0])
         names, grids = ["gridreg", "dense", "identity", "raises", "absent"], [(5, 4, 3), (3, 3, 3)]
         return benchmark.measure(names, SHAPES[::-1], batches=[2], grids=grids)
 
@@ -113,7 +113,7 @@ def test_variants_are_measured_in_their_published_size_beside_their_method(monke
     dense = {"method": "voxelmorph", "integration_steps": 0}
     runs = {"deep": {"method": "gridreg", "grids": [[4, 4, 4]], "num_layers": 6}, "narrow": small, "voxelmorph": dense}
     monkeypatch.setattr(cost, "REPEATS", (1, 1))
-    monkeypatch.setattr(benchmark, "SMALL", SHAPES[0])
+    monkeypatch.setattr(benchmark, "FIRST_SHAPE", SHAPES[0])
     frame = benchmark.measure(["gridreg", "voxelmorph"], SHAPES, [1], [(4, 4, 4)], variants=runs)
     rows = frame[frame["task"] == "variant"].set_index("run")
     assert set(rows["shape"]) == {"20x18x17"} and rows.loc["deep", "grid"] == "4x4x4" and (rows["note"] == "").all()

@@ -37,7 +37,7 @@ def test_only_what_is_named_is_injected(condition):
     if condition == "false match":  # both within the disc, and apart from where the truth would put them
         fixed, moving = pair.spots
         matched = fixed + pair.displacement[:, int(fixed[0]), int(fixed[1])]
-        assert np.linalg.norm(matched - moving) == pytest.approx(experiment.SPOT_APART, abs=1)
+        assert np.linalg.norm(matched - moving) == pytest.approx(experiment.SPOT_DISTANCE, abs=1)
         assert pair.disc[tuple(fixed.astype(int))] > 0.5
     if condition == "wrong masks":
         assert 0.02 < (pair.fixed_mask != (clean.disc > 0.5)).sum() / (clean.disc > 0.5).sum() < 0.6

@@ -1,11 +1,11 @@
 # make repro    everything, from data to tables and figures        make test    every test
 #
-# PYTHON=…   the interpreter to build the environment with (default: python3.11, else a python3 that is new enough)
-# VENV=…     where the environment is (default: .venv)
+# PYTHON=…   the interpreter for the environment (default: python3.11, else another Python from 3.11 to 3.13)
+# VENV=…     the folder of the environment (default: .venv)
 
 VENV ?= .venv
 ifndef PYTHON
-# An interpreter is tried out, not only looked up: a version manager may offer a name that does not start.
+# Each interpreter is run, not only looked up, because a version manager may offer a name that does not start.
 PYTHON := $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && command -v "$$p" && break; done)
 endif
@@ -29,10 +29,10 @@ export JUPYTER_PLATFORM_DIRS := 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-env: $(STAMP) ## Make the environment in .venv from requirements.txt (every other target does so, too)
+env: $(STAMP) ## Create the environment in .venv from requirements.txt (other targets do this when needed)
 
-# The stamp is what was installed. It goes first and comes last: an interrupted installation is taken up again. An
-# environment whose interpreter is gone is emptied.
+# The stamp is a copy of the installed requirements. It is removed first and written last, so that an interrupted
+# installation is repeated. An environment without a working interpreter is emptied.
 $(STAMP): requirements.txt pyproject.toml
 	@if cat $^ | cmp -s - "$@"; then touch "$@"; exit; fi; set -e; \
 	test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found as python3.11 or python3;" \
@@ -49,7 +49,7 @@ profile: $(STAMP) ## Write the values of a profile into params.yaml (PROFILE=smo
 	"$(BIN)/python" -m study.config.profiles "$(PROFILE)"
 	"$(BIN)/python" -m study.config.pipeline
 
-repro: $(STAMP) ## Run what changed: data to tables and figures (JOBS=4: stages side by side; FROM=train: again from there)
+repro: $(STAMP) ## Run the changed stages, from data to tables and figures (JOBS=4: four at a time; FROM=train: repeat from there)
 	@$(if $(PROFILE),echo "error: make repro runs params.yaml as it is; expected make profile PROFILE=$(PROFILE) first" >&2; exit 1)
 	"$(BIN)/python" -m study.pipeline $(if $(JOBS),--jobs "$(JOBS)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(FROM),--from "$(FROM)")
 
@@ -75,12 +75,12 @@ smoke: $(STAMP) ## Run everything in the smoke profile, in a copy that is remove
 	echo "tables and figures, after $$((SECONDS - started)) s:"; \
 	ls -l figures
 
-benchmark: $(STAMP) ## Measure time and memory of every method again (let nothing else run meanwhile)
+benchmark: $(STAMP) ## Measure time and memory of every method again (on an otherwise idle machine)
 	"$(BIN)/papermill" notebooks/pipeline/10_benchmark.ipynb executed/10_benchmark.ipynb -k python3
 	"$(BIN)/dvc" commit --quiet --force benchmark
 
-# On a GPU two runs of one training are not the same to the bit, which tests ask for. One thread a process: they run
-# side by side, one more than there are cores, since the smoke run is the work of others.
+# Tests use the CPU, because on a GPU two runs of one training differ in their last bits. Tests run in parallel with one
+# thread per process. There is one process more than cores, since one of them only waits for the smoke run.
 test test-browser: export GRIDREG_ACCELERATOR ?= cpu
 test: export OMP_NUM_THREADS ?= 1
 
@@ -90,30 +90,30 @@ test: $(STAMP) data ## Run every test, among them the whole pipeline in the smok
 	"$(BIN)/lint-imports" --no-logo
 	"$(BIN)/python" -m pytest -n $$(( $(CORES) + 1 )) --dist worksteal --ignore tests/test_browser.py $(ARGS)
 
-test-browser: $(STAMP) data ## Run the interactive notebooks in a real browser: a Chromium on the path (nothing is installed)
+test-browser: $(STAMP) data ## Run the interactive notebooks in a Chromium on the path (nothing is installed)
 	GRIDREG_BROWSER=required "$(BIN)/python" -m pytest tests/test_browser.py $(ARGS)
 
 lab: $(STAMP) data ## Open the notebooks in JupyterLab
 	"$(BIN)/python" -m jupyterlab $(ARGS)
 
-# Data and checkpoints come with the clone, out of the DVC remote inside the repository.
+# Data and checkpoints come from the DVC remote inside the repository.
 data: $(STAMP)
 	@{ test -d data && test -d checkpoints; } || "$(BIN)/python" -m study.pipeline --pull
 
 docs: $(STAMP) data ## Execute the quick start and the lessons, and write their copies into docs/rendered
 	"$(BIN)/python" -m study.rendering
 
-checkpoints: $(STAMP) ## Take what the interactive notebooks open from the results: an adaptive Bayesian GridReg for each cohort
+checkpoints: $(STAMP) ## Copy the models of the interactive notebooks from the results: an adaptive Bayesian GridReg for each cohort
 	for dataset in prostate pelvis brain; do mkdir -p checkpoints/$$dataset; \
 		cp -f results/train/$$dataset/gridreg-bayesian/* checkpoints/$$dataset/ || exit; done
 	"$(BIN)/dvc" add checkpoints && "$(BIN)/dvc" push checkpoints.dvc
 
 cohort: PROFILE ?= paper
-cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper; PATIENTS=2: so many a split, to try it out)
+cohort: $(STAMP) ## Make the simulated cohort of a profile in cohorts/ (PROFILE=paper; PATIENTS=2: only two patients per split, for a trial)
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m study.cohorts.simulate.cohort --profile "$(PROFILE)" --out "cohorts/$(PROFILE)" \
 		--workers "$(CORES)" $(if $(PATIENTS),--patients "$(PATIENTS)")
 
-lock: ## Choose the second section of requirements.txt anew, after a change to the first; what stays keeps its version
+lock: ## Update the second section of requirements.txt after a change to the first; other versions are kept
 	@set -euo pipefail; \
 	work="$$(mktemp -d)"; trap 'rm -rf "$$work"' EXIT; \
 	sed '/^# ---- Transitive/,$$d' requirements.txt > "$$work/direct.txt"; \

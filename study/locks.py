@@ -1,7 +1,7 @@
 """A result folder has one writer at a time and appears whole or not at all.
 
-The lock is ``filelock``'s: the kernel gives it up when its process ends, however that happens, so a dead process never
-blocks the next one. On a file system without such locks filelock falls back to a marker file of the same content.
+The lock is that of ``filelock``. The kernel releases it when its process ends for any reason, so a dead process never
+blocks the next one. On a file system without such locks, filelock uses a marker file with the same content.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def locked(target: Path | str, *, wait: bool = True, say: Callable[[str], None] 
             raise InputError(f"{holder}, expected no other process at work on it.") from None
         say(f"{holder}; waiting until it has finished.")
         lock.acquire(poll_interval=POLL_SECONDS)
-    native = not isinstance(lock, SoftFileLock)  # the marker file of the other kind is filelock's to write and remove
+    native = not isinstance(lock, SoftFileLock)  # otherwise filelock writes and removes the marker file
     try:
         if native:
             file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         if native:
-            file.unlink(missing_ok=True)  # before the release: whoever has opened it sees it gone and starts anew
+            file.unlink(missing_ok=True)  # before the release: a process that has opened it notices and tries again
         lock.release()
 
 
@@ -64,14 +64,14 @@ def whole_folder(
 ) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of ``out`` when the block ends without an error.
 
-    The folder lies beside ``out``. ``check`` looks at it before it is renamed and raises what is wrong with it. After an
-    error ``out`` is as it was. ``wait`` and ``say`` as for ``locked``. InputError where the disk is full.
+    The folder lies beside ``out``. ``check`` may raise an error before the folder is renamed. After an error ``out`` is
+    unchanged. ``wait`` and ``say`` are as for ``locked``. InputError where the disk is full.
     """
     out = Path(out)
     with locked(out, wait=wait, say=say):
         leftover = re.compile(rf"\.{re.escape(out.name)}\.\d+(\.old)?")
         for left in out.parent.iterdir():
-            if leftover.fullmatch(left.name):  # of a process that was killed: nobody else holds the lock
+            if leftover.fullmatch(left.name):  # left by a killed process, as no other process holds the lock
                 shutil.rmtree(left, ignore_errors=True)
         temporary = out.parent / f".{out.name}.{os.getpid()}"
         try:
@@ -89,7 +89,7 @@ def whole_folder(
 
 
 def disk_full(out: Path | str, error: OSError) -> str:
-    """The sentence for a file or folder that did not fit."""
+    """The message for a file or folder that did not fit on the disk."""
     free = shutil.disk_usage(next(folder for folder in Path(out).absolute().parents if folder.is_dir())).free
     return f"{out}: found {error.strerror.lower()} ({free / 2**20:.0f} MB free), expected room for all of it; it was not written."
 
@@ -103,7 +103,7 @@ def _holder(file: Path) -> str:
 
 
 def _replace(temporary: Path, out: Path) -> None:
-    """Put the finished folder in the place of an older one."""
+    """Replace an older folder by the finished one."""
     old = temporary.with_name(temporary.name + ".old")
     if out.exists():
         os.replace(out, old)

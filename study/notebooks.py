@@ -1,8 +1,8 @@
-"""The code of a notebook without what changes no result: a stage depends on this text in the place of the notebook.
+"""The code of a notebook without the parts that change no result. A stage depends on this code, not on the notebook.
 
     python -m study.notebooks results/fingerprints/notebooks     writes NN_name.py for every notebook that trains or evaluates
 
-An edited text cell, a comment or an import from another place then runs nothing again; another call does.
+An edited text cell, a comment or a moved import then repeats no stage. A changed call does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gridreg.errors import InputError, exit_status
 from study import ROOT
 
 NOTEBOOKS = ROOT / "notebooks" / "pipeline"
-NAMES = ("01_preprocess", "02_train", "03_evaluate", "04_ablate")  # whose stages take hours
+NAMES = ("01_preprocess", "02_train", "03_evaluate", "04_ablate")  # notebooks of stages that take hours
 
 
 def code_of(path: Path | str) -> str:
     """The code cells of a notebook, without comments, imports and empty lines. InputError if it cannot be read.
 
-    The lines stay as they were written: a text made from the syntax tree would differ between versions of Python.
+    The lines are kept as written, because code made from the syntax tree would differ between versions of Python.
     """
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
@@ -51,7 +51,7 @@ def write(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.notebooks", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("folder", type=Path, help="folder for the files")
     folder = parser.parse_args().folder
     return exit_status(lambda: write(folder))
 

@@ -1,11 +1,11 @@
-"""Run what changed of dvc.yaml, stages side by side: `make repro`. `dvc pull && dvc repro` does the same one by one.
+"""Run the changed stages of dvc.yaml in parallel (`make repro`). `dvc pull && dvc repro` runs them one by one.
 
-    python -m study.pipeline                    every stage that changed, two at a time
-    python -m study.pipeline --jobs 8           eight at a time; the cores are shared between them
-    python -m study.pipeline --pull             nothing is run, data and results of the store are brought here
-    python -m study.pipeline --from train       these stages and all that need them again, changed or not
+    python -m study.pipeline                    runs every changed stage, two at a time
+    python -m study.pipeline --jobs 8           runs eight at a time, which share the cores
+    python -m study.pipeline --pull             runs nothing and only fetches data and results from the store
+    python -m study.pipeline --from train       runs these stages and all that depend on them, changed or not
 
-A stage starts when those it needs have ended. With several GPUs every job has its own.
+A stage starts when the stages that it needs have ended. With several GPUs, jobs take turns on them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from study.config.pipeline import write_in_use
 from study.locks import locked
 
 Result = TypeVar("Result")
-FIRST = "settings"  # every other stage depends on what it writes
+FIRST = "settings"  # every other stage depends on its outputs
 LOADED = ("dvc.commands.repro", "dvc.commands.status", "dvc.repo.reproduce", "dvc.stage.run", "dvc.stage.cache",
           "dvc.dvcfile", "dvc.output", "dvc.parsing", "dvc.dependency.param", "dvc.repo.index", "dvc.ignore",
           "dvc.cachemgr", "dvc.data_cloud", "dvc.scm", "dvc_data.hashfile.state", "networkx")  # fmt: skip
@@ -42,9 +42,9 @@ def say(line: str) -> None:
 
 
 class Schedule:
-    """The stages that are to run, in an order in which each comes after those it needs.
+    """The stages to run, ordered so that each comes after the stages that it needs.
 
-    needs  what each stage of ``todo`` waits for, name → names; names outside ``todo`` are up to date
+    needs  stage → the stages that it needs; those outside ``todo`` are up to date
     """
 
     def __init__(self, todo: Iterable[str], needs: dict[str, set[str]]):
@@ -53,7 +53,7 @@ class Schedule:
         self.ended: set[str] = set()
 
     def next(self) -> str | None:
-        """The first stage whose needs have ended; None: none now."""
+        """The first stage whose needs have ended; None if there is none at present."""
         for name in self.waiting:
             if self.needs[name] <= self.ended:
                 self.waiting.remove(name)
@@ -73,7 +73,7 @@ def with_all_that_need_them(changed: Iterable[str], needs: dict[str, set[str]]) 
 
 
 def patiently(call: Callable[[], Result], seconds: float = 1.0) -> Result:
-    """The result of a call that takes DVC's lock, as soon as no other process has it; a line says what is waited for."""
+    """The result of a call that needs DVC's lock. While another process holds the lock, it waits and says so in one line."""
     from dvc.lock import LockError
 
     said = False
@@ -102,7 +102,7 @@ def _lock_file() -> int | None:
 
 
 def say_what_is_waited_for() -> None:
-    """A line where a process outside this run has DVC's lock; the stages of this run take turns without a word."""
+    """Print a line if a process outside this run holds DVC's lock. Stages of this run wait for each other silently."""
     import zc.lockfile
 
     try:
@@ -120,7 +120,7 @@ def say_what_is_waited_for() -> None:
 
 
 def open_repository() -> Any:
-    """DVC's view of this folder. InputError, with what to do, where it is no clone."""
+    """The DVC repository of this folder. InputError with a remedy if the folder is not a clone."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.scm import SCMError
@@ -147,7 +147,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def stages_of(repository: Any) -> dict[str, set[str]]:
-    """Every stage of dvc.yaml in its order there, and the stages it needs. A frozen one (benchmark) is left alone."""
+    """Every stage of dvc.yaml in the order of the file, with the stages that it needs; without the frozen benchmark."""
     graph = repository.index.graph
     names = {
         stage: stage.addressing
@@ -160,9 +160,9 @@ def stages_of(repository: Any) -> dict[str, set[str]]:
 
 
 def missing_here(repository: Any, cohorts: Iterable[str]) -> list[str]:
-    """What to pull: dvc.yaml or a .dvc file of which something is missing; of a folder that is there, missing cohorts alone.
+    """The targets to pull: files (dvc.yaml or .dvc) with missing outputs. For an existing folder, only its missing cohorts.
 
-    So what somebody has put into data/ stays, and the cohorts of the store come beside it.
+    So files that a user has put into data/ remain, and the cohorts of the store are added.
     """
     targets: list[str] = []
     for stage in repository.index.stages:
@@ -178,7 +178,7 @@ def missing_here(repository: Any, cohorts: Iterable[str]) -> list[str]:
 
 
 def fetch(repository: Any, cohorts: Iterable[str]) -> None:
-    """`dvc pull` of what is missing here: cohorts, checkpoints, results. InputError where that fails."""
+    """Pull the missing cohorts, checkpoints and results. InputError where this fails."""
     from dvc.exceptions import DvcException
     from dvc.ui import ui
 
@@ -203,7 +203,7 @@ def changed_stages(repository: Any) -> set[str]:
 
 
 def run_stage(name: str, options: Iterable[str], environment: dict[str, str]) -> None:
-    """`dvc repro --single-item NAME`, in a new process, which ends with DVC's status."""
+    """Run `dvc repro --single-item NAME` as the work of a new process, which ends with DVC's exit status."""
     os.chdir(ROOT)
     os.environ.update(environment)
     from dvc.cli import main as dvc
@@ -216,7 +216,7 @@ def run_stage(name: str, options: Iterable[str], environment: dict[str, str]) ->
 
 
 def environments(jobs: int, gpus: int, cores: int) -> list[dict[str, str]]:
-    """What each of the jobs gets: its share of the cores, and its GPU where there are several."""
+    """Environment variables of each job: its number of threads, and its GPU if there are several."""
     share = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     return [share | ({"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus > 1 else {}) for job in range(jobs)]
 
@@ -229,9 +229,9 @@ def run(
 ) -> str | None:
     """Run the stages of the schedule, as many at a time as there are slots. Returns the name of one that failed, or None.
 
-    After a failure no further stage starts; those that run come to their end.
+    After a failure no further stage starts; running stages are completed.
     """
-    context = multiprocessing.get_context("forkserver")  # children start with DVC loaded, which takes it a second
+    context = multiprocessing.get_context("forkserver")  # children start with DVC loaded, which saves a second each
     context.set_forkserver_preload(list(LOADED))
     running: dict[Any, tuple[str, dict[str, str], Any]] = {}
     free, failed = list(slots), None
@@ -253,7 +253,7 @@ def run(
 
 
 def number_of_gpus() -> int:
-    """Those of this machine; 1 where CUDA_VISIBLE_DEVICES says already which one is to be used."""
+    """Number of GPUs of this machine; 1 if there is none or if CUDA_VISIBLE_DEVICES already selects one."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") or shutil.which("nvidia-smi") is None:
         return 1
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
@@ -261,7 +261,7 @@ def number_of_gpus() -> int:
 
 
 def chosen(repository: Any, needs: dict[str, set[str]], start: str | None) -> list[str]:
-    """The stages to run, in order: what changed, or a kind of stage (``train``) or one stage, and all that need it."""
+    """The stages to run, in order: the changed ones, or those of the name or kind ``start`` (``train``), with all dependants."""
     if start is None:
         return with_all_that_need_them(changed_stages(repository) & set(needs), needs)
     stages = [name for name in needs if start in (name, name.split("@")[0])]
@@ -272,7 +272,7 @@ def chosen(repository: Any, needs: dict[str, set[str]], start: str | None) -> li
 
 
 def reproduce(slots: list[dict[str, str]], start: str | None = None, pull_alone: bool = False) -> None:
-    """Bring everything up to date, or only what is in the store. InputError where the data or a stage fails."""
+    """Bring everything up to date, or only pull from the store. InputError where the data or a stage fails."""
     for line in write_in_use(ROOT / "params.yaml"):
         say(line)
     with locked(ROOT / ".scratch" / "repro", say=say):
@@ -295,12 +295,12 @@ def reproduce(slots: list[dict[str, str]], start: str | None = None, pull_alone:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.pipeline", description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, help="stages side by side (default: 2; on GPUs as many as there are)")
-    parser.add_argument("--gpus", type=int, help="GPUs to share out (default: all)")
+    parser.add_argument("--jobs", type=int, help="number of stages at a time (default: 2, or more with more GPUs)")
+    parser.add_argument("--gpus", type=int, help="number of GPUs to use (default: all)")
     parser.add_argument(
-        "--from", dest="start", metavar="STAGE", help="run this stage and all that need it, changed or not"
+        "--from", dest="start", metavar="STAGE", help="run this stage and all that depend on it, changed or not"
     )
-    parser.add_argument("--pull", action="store_true", help="only bring what is missing here and lies in the store")
+    parser.add_argument("--pull", action="store_true", help="only fetch missing files from the store")
     options = parser.parse_args()
     gpus = number_of_gpus() if options.gpus is None else options.gpus
     jobs = max(2, gpus) if options.jobs is None else options.jobs
@@ -310,7 +310,7 @@ def main() -> int:
     try:
         return exit_status(lambda: reproduce(environments(jobs, gpus, cores), options.start, options.pull))
     except KeyboardInterrupt:
-        say("interrupted; what is finished is kept, and a training goes on where it stood")
+        say("interrupted; finished stages are kept, and a training resumes where it stopped")
         return 130
 
 

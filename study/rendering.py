@@ -1,10 +1,10 @@
-"""Copies of notebooks with their pictures, for readers on GitHub: docs/rendered/.
+"""Write copies of notebooks with their figures into docs/rendered/, for readers on GitHub.
 
-    python -m study.rendering            execute the quick start and the lessons, write the copies
-    python -m study.rendering --check    exit 1 where a copy is older than its notebook
+    python -m study.rendering            executes the quick start and the lessons, and writes the copies
+    python -m study.rendering --check    exits with 1 if a copy is older than its notebook
 
-A copy holds PNG outputs and tables; sliders need JupyterLab and are left out. It remembers a hash of the cells it was
-made from.
+A copy holds PNG outputs and tables; sliders need JupyterLab and are left out. It stores a hash of the cells from which it
+was made.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def check() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m study.rendering", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only tell whether a copy is older than its notebook")
+    parser.add_argument("--check", action="store_true", help="only check whether a copy is older than its notebook")
     options = parser.parse_args()
 
     def write() -> None:

@@ -1,7 +1,7 @@
-"""Lesson 3, the sums: which image features a control point attends to, level by level, in a real forward pass.
+"""Lesson 3: the image features to which a control point attends, level by level, in a real forward pass.
 
-The network does not keep its attention weights. ``CrossAttention.weights`` computes them again from what its attention
-received; the tests check that they reproduce what it returned.
+The network does not keep its attention weights. ``CrossAttention.weights`` computes them again from the inputs of each
+attention layer. The tests check that these weights reproduce the layer's output.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from study.cohorts.pairs import demo_pair
 from study.methods.table import parameter_count
 from study.style import COLOURS, MAGNITUDE, styled
 
-REPEATS = 3  # of a timing, of which the least counts
+REPEATS = 3  # of a timing; the smallest counts
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Attention of one decoder level. The grid may be coarser than asked for where the level has few features.
+    """Attention of one decoder level. Its grid may be coarser than the requested one if the level has few features.
 
     layer      of the encoder, 1 the finest
     grid_size  of the control points of this level
@@ -74,7 +74,7 @@ def load_pair(values: dict[str, Any], dataset: str) -> Pair:
 
 
 def caption_of(pair: Pair) -> str:
-    """What a figure says of its pair."""
+    """The caption of a pair."""
     origin = "Simulated pair, not a patient" if pair.simulated else "Pair"
     return f"{origin}: {pair.title} of the validation set. Axial slices; R, L, A, P: right, left, front, back."
 
@@ -86,7 +86,7 @@ def images_of(pair: Pair) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def watching(network: GridReg) -> Iterator[dict[str, list]]:
-    """Keep, level by level, what the level receives and returns, and what its attention receives, in one call or several."""
+    """Record for each level its inputs and result, and the inputs of its attention, which may take several calls."""
     kept: dict[str, list] = {"level": [], "attention": [[] for _ in network.decoder], "result": []}
     hooks = []
     for level, calls in zip(network.decoder, kept["attention"]):
@@ -117,7 +117,7 @@ def _places(features: Shape, grid: Shape, shape: Shape, coarsest: bool) -> Tenso
 
 
 def _of_each_point(weights: Tensor, p: int) -> Tensor:
-    """(G, HEADS, n) weights of the tokens that each control point sees, of those of its window (windows, q, HEADS, N)."""
+    """(G, HEADS, n) weights of each control point's tokens, selected from its window's weights (windows, q, HEADS, N)."""
     q = weights.shape[1]
     seen = p * torch.arange(q)[:, None] + torch.arange(2 * p)  # (q, 2p) along the last axis
     weights = weights.unflatten(-1, (-1, p * (q + 1)))
@@ -127,7 +127,7 @@ def _of_each_point(weights: Tensor, p: int) -> Tensor:
 @lru_cache(maxsize=8)
 @torch.inference_mode()
 def attend(network: GridReg, pair: Pair, grid_size: int | Shape) -> list[Level]:
-    """The attention of every level, coarse to fine, when the network registers the pair on a grid; the last are kept."""
+    """The attention of every level, coarse to fine, when the network registers the pair on a grid. Recent results are cached."""
     shape = pair.shape
     grid_size = check_grid_size(grid_size, shape)
     with watching(network) as kept:
@@ -143,7 +143,7 @@ def attend(network: GridReg, pair: Pair, grid_size: int | Shape) -> list[Level]:
 
 
 def tokens_in_use(level: Level) -> Tensor:
-    """(G, HEADS) exp(entropy): to how many tokens the attention amounts, from 1 to all of them."""
+    """(G, HEADS) exp(entropy), the effective number of tokens, between 1 and all of them."""
     logs = level.weights.clamp(min=1e-12).log()
     return (-(level.weights * logs).sum(-1)).exp()
 
@@ -167,8 +167,8 @@ def attention_table(network: GridReg, pair: Pair, grids: list[int]) -> pd.DataFr
 def early_exits(network: GridReg, pair: Pair, grid: int) -> list[tuple[int, np.ndarray, float]]:
     """(layer, displacement (3, W, H, D) voxels, true TRE in mm) if the head already read the features after each level.
 
-    The head was trained on the last level alone, so the earlier ones show what later skips change, not what a network
-    without them would do.
+    The head was trained on the last level alone. The earlier levels therefore show what later skips change, not the result
+    of a network without these skips.
     """
     shape = pair.shape
     half, exits = torch.tensor(shape)[:, None] / 2, []
@@ -182,9 +182,9 @@ def early_exits(network: GridReg, pair: Pair, grid: int) -> list[tuple[int, np.n
 
 @torch.inference_mode()
 def costs(shape: Shape, grids: list[int], settings: dict[str, Any] | None = None) -> pd.DataFrame:
-    """Parameters, multiply-adds (millions) and seconds of a registration over the grid size, with and without skips.
+    """Parameters, multiply-adds (millions) and seconds of a registration for each grid size, with and without skips.
 
-    The cost does not depend on the weights, so networks as they are built are measured; ``settings`` of ``GridReg``.
+    The cost does not depend on the weights, so untrained networks are measured. ``settings`` are arguments of ``GridReg``.
     """
     images, where = [torch.rand(1, 1, *shape) for _ in range(2)], torch.device("cpu")
     rows = []
@@ -246,7 +246,7 @@ def attention_figure(network: GridReg, pair: Pair, grid: int, across: float, up:
 
 
 def levels_figure(network: GridReg, pair: Pair, grid: int) -> Figure:
-    """Warped image and length of the error, were the head to read the features after each level."""
+    """Warped image and length of the error if the head read the features after each level."""
     truth, known = pair.truth
     unmoved = np.zeros_like(truth)
     exits = [(None, unmoved, tre_mm(unmoved, truth, known, pair.spacing_mm))]

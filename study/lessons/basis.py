@@ -1,6 +1,6 @@
-"""Lesson 2, the sums: what the three bases do to a few control points, in one, two and three dimensions.
+"""Lesson 2: the fields that three bases make of a few control points, in one, two and three dimensions.
 
-Everything goes through ``interpolation``, ``metrics`` and ``fold_free``: what is seen here is what registration uses.
+All computations use ``gridreg.upsampling`` and ``gridreg.metrics``, as registration does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def profile(values: ndarray, n: int, method: str) -> ndarray:
 
 
 def properties(g: int, n: int) -> pd.DataFrame:
-    """What each basis of g control points at n voxels keeps, as the largest error over the voxels of one axis.
+    """Properties of each basis of g control points at n voxels, as largest errors over the voxels of one axis.
 
     Columns: a constant of 1; a line from 0 to g - 1; the value at a control point that alone is 1; the largest jump of
     the slope between neighbouring voxels, per control spacing, for that same control point.
@@ -59,9 +59,9 @@ def properties(g: int, n: int) -> pd.DataFrame:
 def pattern(name: str, grid: int, dimensions: int) -> ndarray:
     """(3, g, g, g) displacements of unit size, in control spacings; (3, g, g, 2) with none along z in two dimensions.
 
-    "random", equally likely in [-1, 1]; "one point", the middle one pushed along x; "squeeze", every point towards the
-    middle along each axis; "diagonal squeeze", towards the plane at right angles to the diagonal, the worst that can be
-    done to the middle; "checkerboard", neighbours against each other.
+    "random" is uniform in [-1, 1]. "one point" moves the middle point along x. "squeeze" moves every point towards the
+    middle along each axis. "diagonal squeeze" moves them towards the plane perpendicular to the diagonal, which is the
+    worst case for the middle. "checkerboard" moves neighbours in opposite directions. ValueError on another name.
     """
     sizes = (grid, grid, grid if dimensions == 3 else 2)
     moved = np.zeros((3, *sizes))
@@ -87,8 +87,8 @@ def pattern(name: str, grid: int, dimensions: int) -> ndarray:
 def field(name: str, grid: int, size: float, method: str, dimensions: int = 2, fold_free: bool = False) -> ndarray:
     """(3, W, H, D) displacement in voxels of a pattern whose control points move by ``size`` control spacings.
 
-    In two dimensions the volume is three voxels thick and the same in each. With ``fold_free`` the control points are
-    pressed into the bound of ``fold_free`` first, as the network does.
+    In two dimensions the volume has three equal slices. With ``fold_free`` the control points are first mapped into the
+    bound of ``upsampling.bounded``, as in the network.
     """
     moved = pattern(name, grid, dimensions)
     shape = SHAPE if dimensions == 3 else (*SHAPE[:2], 3)
@@ -100,7 +100,7 @@ def field(name: str, grid: int, size: float, method: str, dimensions: int = 2, f
 
 
 def bound_in_spacings(grid: int) -> float:
-    """How far, in control spacings, the fold-free bound lets a control point in the middle of a cube move along an axis."""
+    """The fold-free bound of a control point in the middle of a cube, along an axis, in control spacings."""
     return float(displacement_bound((grid,) * 3, SHAPE)[0].max()) * (grid - 1) / (SHAPE[0] - 1)
 
 
@@ -126,17 +126,17 @@ def least_determinants(
 # ---- The pictures: bases along a line, warped lines with their Jacobian determinant, a warped cube, the bound ----
 
 
-FINE = 401  # places along a line
+FINE = 401  # positions along a line
 VALUES = np.random.default_rng(3).uniform(-1, 1, 30)  # displacements of the other control points, in control spacings
-DETERMINANT = TwoSlopeNorm(1, vmin=-1, vmax=3)  # 1 keeps its volume, 0 and below is folded
+DETERMINANT = TwoSlopeNorm(1, vmin=-1, vmax=3)  # 1: volume kept; 0 and below: folded
 HIGHLIGHT, QUIET = COLOURS["voxelmorph"], "#BBBBBB"
 SIZES = tuple(np.linspace(0, 2, 21).round(2).tolist())  # control spacings
 
 
 def line_figure(grid: int, point: int, size: float) -> Figure:
-    """One dimension, a basis a column: the basis functions, the displacement they add up to, and its slope.
+    """One dimension, one basis per column: the basis functions, the resulting displacement, and its slope.
 
-    ``point`` counts from 1 and is moved by ``size`` control spacings; the others stay where they are.
+    ``point`` counts from 1 and is moved by ``size`` control spacings; the other points keep their values.
     """
     point = min(point, grid)
     values = VALUES[:grid].copy() * 0.5
@@ -172,7 +172,7 @@ def line_figure(grid: int, point: int, size: float) -> Figure:
 
 
 def _warped_plane(ax: Axes, displacement: np.ndarray) -> None:
-    """Warped lines of the middle plane on its Jacobian determinant; what has folded is outlined."""
+    """Warped lines of the middle plane on its Jacobian determinant; folded regions are outlined."""
     middle = displacement.shape[3] // 2
     determinant = jacobian_determinant(displacement)[:, :, middle]
     at = (np.indices(displacement.shape[1:]) + displacement)[:2, :, :, middle]
@@ -186,7 +186,7 @@ def _warped_plane(ax: Axes, displacement: np.ndarray) -> None:
 
 
 def plane_figure(name: str, grid: int, size: float) -> Figure:
-    """Two dimensions: warped lines and det J of a pattern of control-point displacements, a basis a panel."""
+    """Two dimensions: warped lines and det J of a pattern of control-point displacements, one basis per panel."""
     fields = {method: field(name, grid, size, method) for method in METHODS}
     label = "; ".join(f"{NAMES[m]}: least det J {folds(u)['least det J']:.2f}" for m, u in fields.items())
     with styled():
@@ -204,7 +204,7 @@ def plane_figure(name: str, grid: int, size: float) -> Figure:
 
 
 def share(percent: float) -> str:
-    """``0.2 %``; what is not nothing is not printed as such."""
+    """A percentage as text: ``0.2 %``. A small number above 0 is not printed as 0."""
     return f"{percent:.2g} %" if percent >= 0.001 else "less than 0.001 %" if percent else "0 %"
 
 
@@ -219,7 +219,7 @@ def _place_caption(figure: Figure, what: str = "Lines of the fixed grid") -> Non
 
 
 def _lines(displacement: np.ndarray, step: int = 5) -> tuple[list[np.ndarray], list[float]]:
-    """Warped lines (n, 3) on the three middle planes of a cube, and how far each is carried on average, in voxels."""
+    """Warped lines (n, 3) on the three middle planes of a cube, and the mean displacement of each in voxels."""
     n, tracks, lengths = displacement.shape[1], [], []
     at, length = np.indices(displacement.shape[1:]) + displacement, np.linalg.norm(displacement, axis=0)
     for along in range(3):
@@ -232,7 +232,7 @@ def _lines(displacement: np.ndarray, step: int = 5) -> tuple[list[np.ndarray], l
 
 
 def cube_figure(name: str, grid: int, size: float) -> Figure:
-    """Three dimensions: the three middle planes of a cube, warped, coloured by how far each line is carried."""
+    """Three dimensions: the three warped middle planes of a cube; colour is the mean displacement of a line."""
     spacing = (SHAPE[0] - 1) / (grid - 1)
     with styled():
         figure = Figure(

@@ -1,13 +1,14 @@
-"""Lesson 1, the sums: how many control points? Registration in two dimensions, where the true deformation is known.
+"""Lesson 1: how many control points? Registration in two dimensions with a known true deformation.
 
-Two dimensions, so that eight grid sizes and three draws are solved while a slider moves. The bases are those of
-``interpolation``, the bending energy is that of ``losses`` in voxels, the images go from moving to fixed as in ``grid``.
+In two dimensions, eight grid sizes and three draws are solved while a slider moves. The bases are those of
+``gridreg.upsampling``, the bending energy is that of ``gridreg.losses`` in voxels, and images are warped from moving to
+fixed as in ``gridreg.spatial``.
 
 With P u the least-squares fit of the truth u on a grid, and û what registration found on that grid,
 
     mean |û - u|² = mean |û - P u|² + mean |P u - u|²      (estimation + approximation)
 
-exactly: û - P u lies in the span of the grid, P u - u stands at right angles to it.
+exactly, because û - P u lies in the span of the grid and P u - u is orthogonal to it.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ from study.style import COLOURS, IMAGE, MAGNITUDE, NEUTRAL, styled
 
 SIZE = 40  # voxels along each axis of the fixed image
 SMOOTH, ROUGH = 1.3, 0.5  # voxels of the smooth motion at wavelengths of 45 to 90 and of 16 to 30 voxels
-MARGIN = 6  # more of them around the moving image, so that nothing is looked up outside
+MARGIN = 6  # voxels added around the moving image, so that no sample lies outside
 GRIDS = (3, 4, 5, 6, 8, 12, 20, SIZE)  # the last has a control point at every voxel: a dense field
 DRAWS = 3  # of deformation and noise, over which errors are averaged
 BLURS = (2, 2, 1, 1, 0, 0, 0, 0)  # of both images in voxels, one Gauss-Newton step each: coarse to fine
 SOLVER_STEPS, SOLVER_RESIDUAL = 40, 1e-5  # of conjugate gradients within a step
-LONGEST_STEP = 1.0  # voxels: beyond it the linearised image means nothing
-DAMPING = 1e-6  # of the displacement itself, where neither image nor smoothness says anything
+LONGEST_STEP = 1.0  # voxels; the linearisation of the image does not hold farther away
+DAMPING = 1e-6  # of the displacement, where neither image nor smoothness determines it
 
 
 @dataclass(frozen=True)
 class World:
-    """What is registered, and how.
+    """Settings of a simulated registration.
 
     noise       standard deviation in both images, whose tissues differ by 0.2 to 0.6
     texture     standard deviation of the pattern inside the tissue; 0 is homogeneous
     fine        voxels of motion with a wavelength of 5 to 7 voxels, besides the smooth motion that is always there
     smoothness  weight of the bending energy
-    method      basis of ``interpolation``
+    method      basis of ``gridreg.upsampling``
     """
 
     noise: float = 0.05
@@ -73,17 +74,17 @@ class Outcome:
 
     @property
     def approximation(self) -> float:
-        """Mean squared error of the best the grid could do, voxels²."""
+        """Mean squared error of the best field of the grid, voxels²."""
         return float(np.square(self.fit - self.truth).sum(1).mean())
 
     @property
     def estimation(self) -> float:
-        """Mean squared distance from there to what was found, voxels²."""
+        """Mean squared distance between the best field and the estimate, voxels²."""
         return float(np.square(self.estimate - self.fit).sum(1).mean())
 
     @property
     def total(self) -> float:
-        """Mean squared error of what was found, voxels²."""
+        """Mean squared error of the estimate, voxels²."""
         return float(np.square(self.estimate - self.truth).sum(1).mean())
 
 
@@ -137,7 +138,7 @@ def _basis(grid: int, method: str) -> ndarray:
 
 
 def best_fit(displacement: ndarray, grid: int, method: str) -> ndarray:
-    """The least-squares fit of a displacement (…, n, n) by control points: what this grid could do at best."""
+    """The least-squares fit of a displacement (…, n, n) by control points, which is the best field of the grid."""
     matrix = _basis(grid, method)
     onto = matrix @ np.linalg.pinv(matrix)
     return onto @ displacement @ onto.T
@@ -210,14 +211,14 @@ def conjugate_gradients(matrix: Linear, right: ndarray, nearly_solved: Linear) -
 
 @lru_cache(maxsize=2048)
 def outcome(world: World, grid: int) -> Outcome:
-    """Register the images of a world on a grid, and compare with the truth. Kept, so a slider moved back is free."""
+    """Register the images of a world on a grid, and compare with the truth. Results are cached."""
     truth = true_displacement(world.fine)
     estimate = register(*images(world), grid, world.smoothness, world.method)
     return Outcome(truth, best_fit(truth, grid, world.method), estimate)
 
 
 def best_grid(world: World) -> int:
-    """The grid size of the least total error: known here because the truth is."""
+    """The grid size with the least total error, which the known truth gives."""
     return min(GRIDS, key=lambda grid: outcome(world, grid).total)
 
 

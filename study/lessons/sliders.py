@@ -1,7 +1,7 @@
 """Sliders above a picture, for the teaching notebooks.
 
-The picture is an ordinary PNG output of the cell, replaced in place when a slider moves. Without a browser (Papermill,
-a saved notebook) the PNG of the first values simply stays: there is only one way to show a figure.
+The picture is an ordinary PNG output of the cell, and is replaced when a slider moves. Without a browser (Papermill, a
+saved notebook) the PNG of the first values remains.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARPER = 1.25
 
 
 def slider(label: str, options: Sequence[Any], value: Any) -> ipywidgets.SelectionSlider:
-    """A slider over the given values, or (text, value) pairs. It reports when it is let go: a figure takes a moment."""
+    """A slider over the given values, or (text, value) pairs. It reports when it is released, as a figure takes a moment."""
     return ipywidgets.SelectionSlider(
         options=options, value=value, description=label, continuous_update=False,
         style={"description_width": "13.5em"}, layout={"width": "35em"},

@@ -89,7 +89,9 @@ def sparsification(
     The error of a voxel is the length |error|. Its uncertainty is the root of the summed variances of the three axes. The
     voxels with the largest uncertainty are left out first; voxels of equal uncertainty are left out in equal shares. The
     oracle leaves out the voxels with the largest error first. "Error left" is the mean error of the remaining voxels,
-    divided by the mean error of all voxels; it is 0 if every error is 0. After Ilg et al., "Uncertainty estimates and multi-hypotheses networks for optical flow" (ECCV 2018).
+    divided by the mean error of all voxels; it is 0 if every error is 0.
+
+    After Ilg et al., "Uncertainty estimates and multi-hypotheses networks for optical flow" (ECCV 2018).
     """
     error, sigma = _checked(error, sigma)
     length, spread = (np.sqrt(np.square(values).sum(0)) for values in (error, sigma))

@@ -35,7 +35,7 @@ def sentence(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{reason(error)}; expected permission to read and write it"
+    return f"{where}{reason(error)}; expected space and permission to read and write it"
 
 
 def reason(error: Exception) -> str:

@@ -205,7 +205,8 @@ def test_a_file_that_cannot_be_written_is_one_line(path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study.config.profiles", "smoke", "--file", str(path)])
     assert main() == 1
     assert (
-        capsys.readouterr().err == f"error: {path}: No space left on device; expected permission to read and write it\n"
+        capsys.readouterr().err
+        == f"error: {path}: No space left on device; expected space and permission to read and write it\n"
     )
 
 

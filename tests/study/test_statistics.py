@@ -35,7 +35,13 @@ def make_cases(n: int = 8, seed: int = 0, datasets: tuple[str, ...] = ("prostate
                         "mask_mm": 7 * error,
                         "tre_mm": 8 * error,
                     }
-                    row |= {"tre_interior_mm": 9 * error, "tre_boundary_mm": np.nan, "ncc": 0.5, "mse": 0.1, "identical_mm": 0.2}
+                    row |= {
+                        "tre_interior_mm": 9 * error,
+                        "tre_boundary_mm": np.nan,
+                        "ncc": 0.5,
+                        "mse": 0.1,
+                        "identical_mm": 0.2,
+                    }
                     row |= {"logdet_mean": 0.0, "logdet_std": folds, "folding_percent": folds}
                     row |= {
                         "nondiffeomorphic_percent": folds,

@@ -28,8 +28,7 @@ GRIDREG = RUN | {"grids": [[3, 3, 3], [4, 5, 3]]}
 RUNS = {
     "gridreg": GRIDREG,
     "gridreg-bayesian": GRIDREG | {"bayesian": True, "samples": 2},
-    "gridreg-bspline": GRIDREG | {"upsampling": "bspline", "projector": False},
-    "gridreg-fold-free": GRIDREG | {"upsampling": "bspline", "fold_free": True},
+    "gridreg-fold-free": GRIDREG | {"upsampling": "bspline", "fold_free": True, "projector": False},
     "gridreg-deconv": GRIDREG | {"upsampling": "deconv"},
     "voxelmorph": {"method": "voxelmorph", "width": 4, "levels": 2, "integration_steps": 0},
     "voxelmorph-integrated": {"method": "voxelmorph", "width": 4, "levels": 2, "integration_steps": 3},
